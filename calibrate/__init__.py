@@ -1,0 +1,1 @@
+"""MEASURES: grids, ranges, statistics, data, fidelity and time. Imports torch, never ``export`` or ``compress``."""

@@ -1,0 +1,115 @@
+"""The quantization grid: which real numbers b-bit codes stand for, and how codes are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bits", "Granularity", "Grid", "pack", "unpack"]
+
+Bits = Literal[2, 4, 8]
+Granularity = Literal["tensor", "channel", "group"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Uniform grid of ``2**bits`` signed codes: ``value = (code - zero_point) * scale``.
+
+    Codes lie in ``[-2**(bits-1), 2**(bits-1) - 1]``. A symmetric grid has no zero point (it is 0). Weights of any rank are
+    seen as a matrix [O, I]; ``scale`` and ``zero_point`` are [O, G] (``channel``: G = 1; ``group``: G = I / group_size) or
+    [1, 1] (``tensor``).
+
+    Bound: a value inside the range that the scale was made for is returned with an error of at most ``scale / 2``; with an
+    integer zero point in range, zero is returned exactly (Jacob et al. 2018, arXiv 1712.05877, sec. 2.1).
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return int(2 ** (self.bits - 1)) - 1
+
+    def blocks(self, values: Tensor) -> Tensor:
+        """Weights of any rank as [O, G, I/G], one scale for each of the first two dimensions ([1, 1, all] for ``tensor``).
+
+        Raises:
+            ValueError: the group size does not divide the inputs.
+        """
+        if self.granularity == "tensor":
+            return values.reshape(1, 1, -1)
+        matrix = values.reshape(values.shape[0], -1)
+        size = matrix.shape[1] if self.granularity == "channel" else self.group_size
+        if not size or matrix.shape[1] % size:
+            raise ValueError(f"group_size {size} does not divide the {matrix.shape[1]} inputs")
+        return matrix.reshape(matrix.shape[0], -1, size)
+
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale (float32) and zero point (int8, None when symmetric) that cover ``[low, high]``; any shape, elementwise.
+
+        A symmetric grid uses codes ``-high..high``, so that the scale is ``max(|low|, |high|) / high``. A range that is only
+        zero gets scale 1, which returns it exactly.
+        """
+        low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+        if self.symmetric:
+            scale = torch.maximum(-low, high) / self.high
+            return torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=2.0**-126), None
+        scale = (high - low) / (self.high - self.low)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=2.0**-126)
+        zero_point = (self.low - low / scale).round().clamp(self.low, self.high)
+        return scale, zero_point.to(torch.int8)
+
+    def quantize(self, values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Codes (int8, same shape as ``values``), rounded half to even and clamped; ``scale`` as the class says."""
+        blocks = self.blocks(values.float())
+        codes = blocks / scale.unsqueeze(-1)
+        codes = codes.round() if zero_point is None else codes.round() + zero_point.unsqueeze(-1)
+        return codes.clamp(self.low, self.high).to(torch.int8).reshape(values.shape)
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Values (float32, same shape as ``codes``)."""
+        blocks = self.blocks(codes).float()
+        if zero_point is not None:
+            blocks = blocks - zero_point.unsqueeze(-1).float()
+        return (blocks * scale.unsqueeze(-1)).reshape(codes.shape)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes (int8, any shape) as bytes: int8 flat for 8 bits, else uint8, the first code in the lowest bits.
+
+    Codes are stored as two's complement, so 4-bit bytes equal those of ONNX INT4. The last byte is filled with zeros.
+    """
+    flat = codes.reshape(-1)
+    if bits == 8:
+        return flat.to(torch.int8)
+    per_byte = 8 // bits
+    missing = -flat.numel() % per_byte
+    fields = torch.nn.functional.pad(flat, (0, missing)).to(torch.uint8) & (2**bits - 1)
+    fields = fields.reshape(-1, per_byte)
+    packed = torch.zeros(fields.shape[0], dtype=torch.uint8, device=codes.device)
+    for position in range(per_byte):
+        packed |= fields[:, position] << (position * bits)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | list[int]) -> Tensor:
+    """The inverse of ``pack``: signed codes (int8) of the given shape."""
+    if bits == 8:
+        return packed.reshape(shape)
+    per_byte, sign = 8 // bits, 2 ** (bits - 1)
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * bits
+    fields = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    count = 1
+    for size in shape:
+        count *= size
+    signed = (fields.to(torch.int8) ^ sign) - sign
+    return signed.reshape(-1)[:count].reshape(shape)

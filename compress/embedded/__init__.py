@@ -1,0 +1,1 @@
+"""The small trained model and the digits that ship with the package."""

@@ -1,0 +1,1 @@
+"""Every pass of the toolkit, one file each."""

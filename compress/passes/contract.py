@@ -1,0 +1,109 @@
+"""What a pass is: its options, and one verb that changes a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from calibrate.errors import UserError
+from calibrate.signature import Batch, Signature
+from compress.surgery import Edit, Surgery
+
+if TYPE_CHECKING:
+    from compress.anatomy import Anatomy
+
+__all__ = ["Context", "Pass", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place a pass will touch: the module path, its role, and in a few words what will happen there."""
+
+    path: str
+    role: str
+    action: str
+
+
+@dataclass
+class Context:
+    """What a pass may use: the anatomy of the model as it is now, calibration batches, the seed, and the surgery.
+
+    ``calibration`` makes a fresh iterator over the same calibration batches each time it is called. ``report`` collects what
+    the pass wants to say in the run's report (JSON values). ``progress`` is told (done, total, what).
+    """
+
+    signature: Signature
+    anatomy: Anatomy
+    calibration: Callable[[], Iterable[Batch]]
+    surgery: Surgery
+    seed: int = 0
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The model's output for one batch."""
+        return self.signature.call(model, batch)
+
+    @property
+    def edits(self) -> list[Edit]:
+        return self.surgery.edits
+
+
+class Pass(BaseModel, ABC):
+    """A frozen pydantic model: its fields are the recipe's options. The class docstring is its specification.
+
+    A pass changes the model only through ``context.surgery``, so that the change is recorded and can be replayed by
+    ``compress.load``. It asks the anatomy for roles, never for class names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    """The paper or document that the method comes from."""
+    needs_calibration: ClassVar[bool] = False
+
+    @abstractmethod
+    def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
+        """The places this pass would touch; no data is read, nothing changes.
+
+        Raises:
+            UserError: a role or pattern matches nothing (names the nearest that exists), or a precondition fails.
+        """
+
+    @abstractmethod
+    def run(self, model: nn.Module, context: Context) -> nn.Module:
+        """Changes the model in place and returns it (the root itself may be another object).
+
+        Raises:
+            UserError: what the user can change; names the site.
+        """
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode and without gradients; its mode is put back after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield model
+    finally:
+        model.train(training)
+
+
+def unknown(where: str, what: str, given: str, known: Iterable[str]) -> UserError:
+    """The error for a name that matches nothing: names the nearest that exists."""
+    import difflib
+
+    names = sorted(set(known))
+    near = difflib.get_close_matches(given, names, n=3, cutoff=0.4)
+    hint = f"Nearest: {', '.join(near)}." if near else f"There is: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}"
+    return UserError(where, f"{what} {given!r} matches nothing", hint)

@@ -1,0 +1,92 @@
+"""Changes to a model's module tree, recorded so that they can be replayed on a fresh model without calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Edit", "Surgery", "parent_of"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change: ``replace`` the module at ``path`` by a layer of ``compress.layers`` made from ``config``, ``keep`` only
+    the children ``config["indices"]`` of the list at ``path``, or ``set`` the attribute ``config["name"]`` (plain JSON
+    values only) of the module at ``path``; ``share``: the module at ``path`` becomes the one at ``config["with"]``."""
+
+    verb: str
+    path: str
+    layer: str = ""
+    config: dict[str, Any] | None = None
+
+    def json(self) -> dict[str, Any]:
+        return {"verb": self.verb, "path": self.path, "layer": self.layer, "config": self.config}
+
+
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds ``path`` and the child's name in it."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+class Surgery:
+    """Applies edits to a model and keeps the list of them."""
+
+    def __init__(self, edits: list[Edit] | None = None) -> None:
+        self.edits: list[Edit] = list(edits or [])
+
+    def replace(self, model: nn.Module, path: str, layer: nn.Module) -> None:
+        """Puts ``layer`` (a class of ``compress.layers`` with ``config()``) in the place of the module at ``path``."""
+        parent, name = parent_of(model, path)
+        layer.train(parent.training)
+        setattr(parent, name, layer)
+        self.edits.append(Edit("replace", path, type(layer).__name__, layer.config()))  # type: ignore[operator]
+
+    def share(self, model: nn.Module, path: str, with_path: str) -> None:
+        """Makes ``path`` the very module at ``with_path`` (tied weights stay tied)."""
+        parent, name = parent_of(model, path)
+        setattr(parent, name, model.get_submodule(with_path))
+        self.edits.append(Edit("share", path, config={"with": with_path}))
+
+    def keep(self, model: nn.Module, path: str, indices: list[int]) -> None:
+        """Keeps only the given children of the ``ModuleList`` or ``Sequential`` at ``path``, in that order."""
+        children = list(model.get_submodule(path).children())
+        parent, name = parent_of(model, path)
+        kept = [children[index] for index in indices]
+        container = nn.Sequential(*kept) if isinstance(model.get_submodule(path), nn.Sequential) else nn.ModuleList(kept)
+        setattr(parent, name, container)
+        self.edits.append(Edit("keep", path, config={"indices": indices}))
+
+    def set(self, model: nn.Module, path: str, name: str, value: Any) -> None:
+        """Sets a plain attribute (a number, a string, a list of them), such as a layer index or a head count."""
+        target: Any = model.get_submodule(path)
+        *holders, last = name.split(".")
+        for holder in holders:
+            target = getattr(target, holder)
+        setattr(target, last, value)
+        self.edits.append(Edit("set", path, config={"name": name, "value": value}))
+
+    def replay(self, model: nn.Module, edits: list[Edit]) -> None:
+        """Does recorded edits again on a fresh model of the original architecture; tensors are loaded afterwards.
+
+        Raises:
+            ValueError: an edit names a layer that is not in ``compress.layers``.
+        """
+        import compress.layers
+
+        for edit in edits:
+            config = edit.config or {}
+            if edit.verb == "replace":
+                if edit.layer not in compress.layers.__all__:
+                    raise ValueError(f"{edit.path}: unknown layer {edit.layer!r}")
+                self.replace(model, edit.path, getattr(compress.layers, edit.layer).from_config(config))
+            elif edit.verb == "keep":
+                self.keep(model, edit.path, config["indices"])
+            elif edit.verb == "share":
+                self.share(model, edit.path, config["with"])
+            elif edit.verb == "set":
+                self.set(model, edit.path, config["name"], config["value"])
+            else:
+                raise ValueError(f"{edit.path}: unknown edit {edit.verb!r}")

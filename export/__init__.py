@@ -1,0 +1,1 @@
+"""WRITES AND RUNS FILES: any ``nn.Module``, compressed or not. Imports ``calibrate``, never ``compress``."""
