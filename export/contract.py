@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -102,6 +102,10 @@ class Exporter(BaseModel, ABC):
     @abstractmethod
     def open(self, path: Path, threads: int) -> Runner:
         """Opens a written file, in another process or on another machine if need be."""
+
+    def also(self, path: Path, threads: int) -> Iterator[tuple[str, Runner]]:
+        """Other runtimes that take the same file, by label (``openvino`` for an ONNX file); opened one after the other."""
+        return iter(())
 
     @abstractmethod
     def contents(self, path: Path) -> Contents:

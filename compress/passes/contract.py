@@ -78,6 +78,14 @@ class Pass(BaseModel, ABC):
             UserError: a role or pattern matches nothing (names the nearest that exists), or a precondition fails.
         """
 
+    def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+        """The layers this pass would put in, by module path, made on the ``meta`` device: no data, no memory.
+
+        Exporters look at them before anything runs and refuse what their runtime cannot carry. A pass that puts in no layer
+        of its own returns nothing.
+        """
+        return {}
+
     @abstractmethod
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         """Changes the model in place and returns it (the root itself may be another object).

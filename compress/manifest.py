@@ -1,0 +1,74 @@
+"""What a run was made of: hashes, versions, seed and machine, so that it can be told apart and made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["digest", "machine", "size_bytes", "versions", "write_json"]
+
+_LIBRARIES = (
+    "transformer-compress", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime", "openvino", "coremltools",
+    "tensorrt", "tensorrt_rtx", "transformers", "timm", "nncf", "safetensors", "pydantic",
+)  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder: of its files' relative names and contents, in sorted order."""
+    whole = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        if file != path:
+            whole.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as opened:
+            while chunk := opened.read(1 << 20):
+                whole.update(chunk)
+    return whole.hexdigest()
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a file with its external data, or of all files in a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that a run can use."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """The processor, cores, memory and system the run was made on."""
+    import psutil
+
+    from calibrate.latency import processor_name
+
+    return {
+        "processor": processor_name(),
+        "architecture": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "threads": threads,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON under a temporary name and renames it."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    os.replace(unfinished, path)

@@ -1,0 +1,229 @@
+"""The report of a run: every figure of the final table and more, as data (``report.json``) and as a table for a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = [
+    "Audit",
+    "Check",
+    "Figure",
+    "Latency",
+    "Limit",
+    "Report",
+    "Row",
+    "StepRecord",
+    "read",
+    "schema",
+    "table",
+    "write",
+]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Figure(_Record):
+    """A measured figure with its 95 % confidence interval."""
+
+    name: str = Field(description="what was measured, e.g. accuracy")
+    value: float
+    low: float | None = Field(None, description="lower end of the 95 % confidence interval")
+    high: float | None = Field(None, description="upper end of the 95 % confidence interval")
+    rows: int = Field(description="evaluation rows the figure rests on")
+    method: str = Field("", description="how the interval was made, e.g. Wilson, paired bootstrap")
+
+
+class Latency(_Record):
+    """Times of one file and of the float file in the same runtime, interleaved in one run after warm-up."""
+
+    batch: int = Field(description="rows in a batch")
+    median_ms: float = Field(description="median time of one batch, milliseconds")
+    low_ms: float = Field(description="10th percentile, milliseconds")
+    high_ms: float = Field(description="90th percentile, milliseconds")
+    runs: int = Field(description="timed runs")
+    threads: int
+    processor: str
+    ratio: float | None = Field(None, description="this median over the float file's median in the same runtime; below 1 is faster")
+    ratio_low: float | None = Field(None, description="lower end of the ratio's 95 % interval (bootstrap over paired runs)")
+    ratio_high: float | None = Field(None, description="upper end of the ratio's 95 % interval")
+
+
+class Check(_Record):
+    """One check of a file that needs no labels."""
+
+    name: str
+    passed: bool | None = Field(description="null where the check does not apply to this file")
+    detail: str = ""
+
+
+class Audit(_Record):
+    """What the file holds, read back from disk, against what the compressed model promised."""
+
+    layers: int = Field(description="quantized layers the model promised")
+    equal: int = Field(description="layers whose integer codes in the file equal the model's")
+    codes: int = Field(description="integer codes compared")
+    bytes_by_dtype: dict[str, int] = Field(description="weight bytes in the file by element type")
+    float_layers: list[str] = Field(description="matrix weights that are stored in floating point")
+
+
+class Row(_Record):
+    """One line of the final table: the float model, or one file in one runtime."""
+
+    label: str = Field(description="float, onnx, openvino, coreml, tensorrt")
+    format: str
+    path: str = Field("", description="the file, relative to the run folder")
+    runtime: str = Field("", description="what ran it, with version and device")
+    validated: Literal["runtime", "interpreter", "proxy", "none", "reference"] = Field(
+        description="runtime: in its own runtime; interpreter: our interpreter of the saved file; proxy: an equivalent file in "
+        "another runtime; none: not run; reference: the float model itself"
+    )
+    metric: Figure | None = None
+    drop: Figure | None = Field(None, description="loss against float on the same rows (paired); positive is worse")
+    agreement: Figure | None = Field(None, description="share of rows whose prediction equals the float model's")
+    sqnr_db: float | None = Field(None, description="signal to quantization noise of the output against float, dB; null when equal")
+    sqnr_to_compressed_db: float | None = Field(None, description="the same against the compressed torch model: what export lost")
+    agreement_to_compressed: float | None = None
+    latency: list[Latency] = []
+    size_bytes: int | None = None
+    size_ratio: float | None = Field(None, description="size over that of the float file in the same format")
+    audit: Audit | None = None
+    checks: list[Check] = []
+    details: dict[str, Any] = Field({}, description="what the writer says: opset, dialect, fused kernels ...")
+    note: str = Field("", description="why a figure is missing")
+
+
+class StepRecord(_Record):
+    """One pass: what it was asked, what it changed, what it says."""
+
+    name: str
+    options: dict[str, Any]
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    changed: int = Field(description="tensors added, removed or changed")
+    report: dict[str, Any] = {}
+
+
+class Limit(_Record):
+    """One line of ``accept`` and whether it was met."""
+
+    line: str = Field(description="the key in the recipe, e.g. accept.metric_drop")
+    artifact: str
+    limit: float | str
+    value: float | str | None
+    met: bool
+    says: str = Field("", description="the sentence for a person")
+
+
+class Report(_Record):
+    """Everything a run measured. Programs may rely on the fields: they are only ever added to within one version."""
+
+    version: Literal[1] = 1
+    name: str
+    met: bool = Field(description="whether every line of accept was met")
+    exit_code: int = Field(description="0 met, 1 a line of accept was missed")
+    limits: list[Limit]
+    rows: list[Row] = Field(description="the final table, float first")
+    steps: list[StepRecord]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    machine: dict[str, Any]
+    seconds: dict[str, float] = Field(description="wall time of each part of the run")
+    peak_memory_bytes: int = Field(description="largest resident size of the process")
+    folder: str = Field("", description="the run folder as it was named")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of ``report.json``."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}
+
+
+def write(report: Report, folder: Path) -> Path:
+    """Writes ``report.json`` (temporary name, then renamed)."""
+    path, unfinished = folder / "report.json", folder / ".report.json.part"
+    unfinished.write_text(json.dumps(report.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
+    os.replace(unfinished, path)
+    return path
+
+
+def read(folder: Path) -> Report:
+    """The report of a run folder."""
+    return Report.model_validate_json((folder / "report.json").read_text())
+
+
+def table(report: Report) -> Table:
+    """The final table: one row for float and one for each artifact."""
+    from rich.table import Table
+
+    latencies = sorted({latency.batch for row in report.rows for latency in row.latency})
+    metric = next((row.metric.name for row in report.rows if row.metric), "metric")
+    made = Table(title=report.name, title_justify="left")
+    for heading in ("", f"{metric} [95 %]", "drop", "agreement", "SQNR dB", *(f"ms, batch {b}" for b in latencies), "size", "validated"):
+        made.add_column(heading, justify="left" if heading in ("", "validated") else "right")
+    for row in report.rows:
+        times = {latency.batch: latency for latency in row.latency}
+        made.add_row(
+            row.label,
+            _interval(row.metric),
+            "" if row.validated == "reference" else _signed(row.drop),
+            "" if row.validated == "reference" else _share(row.agreement),
+            "" if row.validated == "reference" else _decibel(row),
+            *(_time(times.get(batch), row) for batch in latencies),
+            _size(row),
+            _validated(row),
+        )
+    return made
+
+
+def _interval(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.4f}"
+    return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
+
+
+def _signed(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:+.4f}"
+    return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _decibel(row: Row) -> str:
+    if row.validated == "none":
+        return "-"
+    return "equal" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+
+
+def _time(latency: Latency | None, row: Row) -> str:
+    if latency is None:
+        return "not measured" if row.path else "-"
+    return f"{latency.median_ms:.3g}" + (f" ({latency.ratio:.2f}x)" if latency.ratio is not None else "")
+
+
+def _size(row: Row) -> str:
+    if row.size_bytes is None:
+        return "-"
+    size = f"{row.size_bytes / 1e6:.2f} MB" if row.size_bytes >= 1e5 else f"{row.size_bytes / 1e3:.1f} kB"
+    return size + (f" ({row.size_ratio:.2f}x)" if row.size_ratio is not None else "")
+
+
+def _validated(row: Row) -> str:
+    words = {"reference": row.runtime, "none": f"not run: {row.note}" if row.note else "not run"}
+    return words.get(row.validated, f"{row.validated}: {row.runtime}")
