@@ -1,0 +1,299 @@
+"""Turns one file into one row of the report, and the rows into a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibrate.fidelity import Fidelity
+from calibrate.latency import Timing, interleave, processor_name
+from calibrate.signature import Batch
+from compress.report import Audit, Check, Figure, Latency, Limit, Row
+from export.contract import Artifact, Contents, Exporter, Runner
+from export.validate import Evaluated, Outputs, audit, evaluate, metamorphic, run_rows
+
+if TYPE_CHECKING:
+    from calibrate.data import Rows
+    from calibrate.metrics import Estimate, Metric
+    from compress.recipe import Accept, Measure
+
+__all__ = ["Judge", "figure", "promised", "verdict"]
+
+_RUNTIME_LIMITS = ("metric_drop", "agreement", "sqnr_db", "latency_ratio", "size_ratio")
+
+
+def promised(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
+    """Signed codes (int8) of every quantized layer of a model, by module path."""
+    from compress.layers import Codes
+
+    return {
+        path.removesuffix(".quantized_weight"): module.integers().numpy()
+        for path, module in model.named_modules()
+        if isinstance(module, Codes)
+    }
+
+
+def figure(name: str, estimate: Estimate) -> Figure:
+    """An estimate as a figure of the report."""
+    return Figure(
+        name=name,
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        rows=estimate.rows,
+        method=estimate.method,
+    )
+
+
+@dataclass
+class Judge:
+    """What files are judged against: the evaluation rows, the float outputs, the compressed model's outputs.
+
+    ``floats`` are the float files by exporter format, for size and time; ``say`` is told (done, total, what).
+    """
+
+    rows: Rows
+    metric: Metric | None
+    metric_name: str
+    batch_size: int
+    measure: Measure
+    threads: int
+    folder: Path
+    floats: dict[str, Artifact] = field(default_factory=dict)
+    float_outputs: Outputs | None = None
+    float_statistics: Tensor | None = None
+    compressed_outputs: Outputs | None = None
+    say: Callable[[int, int, str], None] = lambda done, total, what: None
+
+    def float_row(self, model_call: Callable[[Batch], Tensor], size: int) -> Row:
+        """Runs the float model once; its outputs are the reference for everything after."""
+        self.float_outputs = Outputs(self.folder)
+        found = self._evaluate(model_call, {}, self.float_outputs, "float model")
+        self.float_statistics = found.statistics
+        return Row(
+            label="float",
+            format="torch",
+            runtime=f"torch {torch.__version__} CPU",
+            validated="reference",
+            metric=self._metric(found),
+            size_bytes=size,
+        )
+
+    def compressed(self, model_call: Callable[[Batch], Tensor], size: int) -> Row:
+        """Runs the compressed torch model; files are compared with its outputs."""
+        self.compressed_outputs = Outputs(self.folder)
+        found = self._evaluate(model_call, {"float": self.float_outputs}, self.compressed_outputs, "compressed model")
+        return self._figures(
+            found,
+            label="torch (compressed)",
+            format="torch",
+            path="model.safetensors",
+            runtime=f"torch {torch.__version__} CPU",
+            validated="runtime",
+            size_bytes=size,
+        )
+
+    def file(self, exporter: Exporter, artifact: Artifact, model: nn.Module) -> list[Row]:
+        """The rows of one written file: one for its runtime, one for each other runtime that takes the same file."""
+        contents = exporter.contents(artifact.path)
+        rows = [self._opened(exporter.format, exporter.open(artifact.path, self.threads), exporter, artifact, contents, model)]
+        for label, runner in exporter.also(artifact.path, self.threads):
+            rows.append(self._opened(label, runner, exporter, artifact, contents, model))
+        return rows
+
+    def _opened(
+        self, label: str, runner: Runner, exporter: Exporter, artifact: Artifact, contents: Contents, model: nn.Module
+    ) -> Row:
+        described = _described(label, exporter, artifact, contents, model, self.folder, self.floats.get(exporter.format))
+        try:
+            if runner.how == "none":
+                return Row(**described, validated="none", runtime=runner.runtime, note=runner.runtime)
+            references = {"float": self.float_outputs, "compressed": self.compressed_outputs}
+            found = self._evaluate(run_rows(runner), references, None, label)
+            batch = self._batch(4)
+            checks = [Check(**vars(check)) for check in metamorphic(runner, batch, dynamic_activations=_dynamic(model))]
+            latency = self._latency(label, runner, exporter) if runner.measurable else []
+            return self._figures(
+                found, **described, validated=runner.how, runtime=runner.runtime, checks=checks, latency=latency
+            )
+        finally:
+            runner.close()
+
+    def _evaluate(
+        self, call: Callable[[Batch], Tensor], references: Mapping[str, Outputs | None], keep: Outputs | None, what: str
+    ) -> Evaluated:
+        present = {name: outputs for name, outputs in references.items() if outputs is not None}
+        return evaluate(
+            call,
+            self.rows,
+            self.metric,
+            references=present,
+            keep=keep,
+            batch_size=self.batch_size,
+            progress=lambda done, total: self.say(done, total, f"{what}: evaluation rows"),
+        )
+
+    def _figures(self, found: Evaluated, **known: Any) -> Row:
+        against_float, against_compressed = found.fidelity.get("float"), found.fidelity.get("compressed")
+        drop = None
+        if self.metric is not None and found.statistics is not None and self.float_statistics is not None:
+            drop = figure(f"{self.metric_name} lost", self.metric.drop(self.float_statistics, found.statistics))
+        return Row(
+            **known,
+            metric=self._metric(found),
+            drop=drop,
+            agreement=against_float.agreement if against_float else None,
+            sqnr_db=_finite(against_float),
+            sqnr_to_compressed_db=_finite(against_compressed),
+            agreement_to_compressed=against_compressed.agreement if against_compressed else None,
+        )
+
+    def _metric(self, found: Evaluated) -> Figure | None:
+        if self.metric is None or found.statistics is None:
+            return None
+        return figure(self.metric_name, self.metric.estimate(found.statistics))
+
+    def _batch(self, rows: int) -> Batch:
+        batch = next(iter(self.rows.batches(rows)))
+        index = torch.arange(rows) % next(iter(batch.values())).shape[0]
+        return {name: value[index] for name, value in batch.items()}
+
+    def _latency(self, label: str, runner: Runner, exporter: Exporter) -> list[Latency]:
+        """Times the file and the float file in the same runtime, interleaved, for each batch size that the file takes."""
+        baseline = self._baseline(label, exporter)
+        try:
+            timed = []
+            for size in self.measure.batch_sizes:
+                if runner.rows not in (None, size):
+                    continue
+                self.say(0, 1, f"{label}: time at batch {size}")
+                batch = self._batch(size)
+                timed.append(self._time(size, batch, runner, baseline))
+            return timed
+        finally:
+            if baseline is not None:
+                baseline.close()
+
+    def _time(self, size: int, batch: Batch, runner: Runner, baseline: Runner | None) -> Latency:
+        runs: dict[str, Callable[[], object]] = {} if baseline is None else {"float": lambda: baseline(batch)}
+        timings: dict[str, Timing] = interleave(
+            {**runs, "file": lambda: runner(batch)}, repeats=self.measure.repeats, warmup=self.measure.warmup
+        )
+        made = timings["file"]
+        ratio = made.ratio if baseline is not None else None
+        return Latency(
+            batch=size,
+            median_ms=made.median_ms,
+            low_ms=made.low_ms,
+            high_ms=made.high_ms,
+            runs=made.runs,
+            threads=self.threads,
+            processor=processor_name(),
+            ratio=ratio.value if ratio else None,
+            ratio_low=ratio.low if ratio else None,
+            ratio_high=ratio.high if ratio else None,
+        )
+
+    def _baseline(self, label: str, exporter: Exporter) -> Runner | None:
+        artifact = self.floats.get(exporter.format)
+        if artifact is None:
+            return None
+        if label == exporter.format:
+            return exporter.open(artifact.path, self.threads)
+        return dict(exporter.also(artifact.path, self.threads)).get(label)
+
+
+def _described(
+    label: str,
+    exporter: Exporter,
+    artifact: Artifact,
+    contents: Contents,
+    model: nn.Module,
+    folder: Path,
+    baseline: Artifact | None,
+) -> dict[str, Any]:
+    """What is known of a file without running it; raises ``LostInExport`` where its integers are not the model's."""
+    audited = audit(promised(model), contents, str(artifact.path))
+    return {
+        "label": label,
+        "format": exporter.format,
+        "path": artifact.path.relative_to(folder).as_posix(),
+        "size_bytes": artifact.size_bytes,
+        "size_ratio": artifact.size_bytes / baseline.size_bytes if baseline else None,
+        "audit": Audit(**vars(audited)),
+        "details": dict(artifact.details),
+    }
+
+
+def unjudged(exporter: Exporter, artifact: Artifact, model: nn.Module, folder: Path) -> Row:
+    """The row of a file that was written and audited but, as asked, not run."""
+    described = _described(exporter.format, exporter, artifact, exporter.contents(artifact.path), model, folder, None)
+    return Row(**described, validated="none", note="evaluation was switched off")
+
+
+def _dynamic(model: nn.Module) -> bool:
+    from compress.layers import ActivationGrid
+
+    return any(isinstance(module, ActivationGrid) and module.kind == "dynamic" for module in model.modules())
+
+
+def _finite(fidelity: Fidelity | None) -> float | None:
+    return fidelity.sqnr_db if fidelity is not None and math.isfinite(fidelity.sqnr_db) else None
+
+
+def verdict(rows: list[Row], accept: Accept) -> list[Limit]:
+    """Every line of ``accept`` for every file, met or not. A figure that a limit needs and that is missing is a miss, unless
+    the recipe lists the runtime under ``unvalidated``."""
+    limits: list[Limit] = []
+    for row in rows:
+        if row.validated == "reference" or row.format == "torch":
+            continue
+        for line in _RUNTIME_LIMITS:
+            limit = accept.limit(line, row.label)
+            if limit is not None:
+                limits.append(_limit(row, line, limit, row.label in accept.unvalidated))
+        if row.validated in ("none", "proxy"):
+            allowed = row.label in accept.unvalidated or row.format in accept.unvalidated
+            says = f"{row.label} was not run in its own runtime ({row.validated})"
+            limits.append(
+                Limit(line="accept.unvalidated", artifact=row.label, limit="run", value=row.validated, met=allowed, says=says)
+            )
+        for check in row.checks:
+            if check.passed is False:
+                says = f"{row.label}: {check.name}: {check.detail}"
+                limits.append(Limit(line=check.name, artifact=row.label, limit="pass", value="fail", met=False, says=says))
+    return limits
+
+
+def _limit(row: Row, line: str, limit: float, excused: bool) -> Limit:
+    found = _found(row, line)
+    name = f"accept.{line}"
+    if found is None:
+        # A latency that cannot be measured here is not a miss of a file that may stay unvalidated.
+        why = row.note or ("it was not measured here" if line == "latency_ratio" else "there is no such figure")
+        return Limit(line=name, artifact=row.label, limit=limit, value=None, met=excused, says=f"{row.label}: {line}: {why}")
+    least = line in ("agreement", "sqnr_db")
+    met = found >= limit if least else found <= limit
+    gap = abs(found - limit)
+    word = ("at least" if least else "at most") + f" {limit:g}"
+    says = f"{row.label}: {line} {found:.4g}, {word}" + ("" if met else f": missed by {gap:.4g}")
+    return Limit(line=name, artifact=row.label, limit=limit, value=found, met=met, says=says)
+
+
+def _found(row: Row, line: str) -> float | None:
+    if line == "metric_drop":
+        return row.drop.value if row.drop else None
+    if line == "latency_ratio":
+        ratios = [latency.ratio for latency in row.latency if latency.ratio is not None]
+        return max(ratios) if ratios else None
+    if line == "sqnr_db" and row.sqnr_db is None and row.validated != "none":
+        return math.inf
+    value: float | None = getattr(row, line)
+    return value

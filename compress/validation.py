@@ -1,0 +1,210 @@
+"""``compress validate``: judges the files of a finished run again, later or on another machine.
+
+Where the recipe's model and data can still be reached, on all evaluation rows; otherwise on the rows that the run kept in
+``kept.safetensors`` with the float and the compressed model's outputs on them. The report says which.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.errors import MissingRuntime, UserError
+from calibrate.signature import Batch
+from compress import manifest, report
+from compress.judgement import Judge, verdict
+from compress.passes.contract import evaluating
+from compress.progress import Progress
+from compress.report import Limit, Report, Row
+from compress.saved import load
+from export.contract import Artifact, Exporter
+from export.validate import Outputs, Rows
+
+__all__ = ["KeptRows", "keep_rows", "validate"]
+
+_FILE = "kept.safetensors"
+_BYTES = 8_000_000
+
+
+class KeptRows:
+    """The evaluation rows that a run folder keeps, as ``Rows``."""
+
+    def __init__(self, inputs: Batch, labels: Tensor | None, group: int) -> None:
+        self.inputs, self.labels, self.group = inputs, labels, group
+
+    def __len__(self) -> int:
+        return int(next(iter(self.inputs.values())).shape[0]) // self.group
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        width = size * self.group
+        for start in range(0, len(self) * self.group, width):
+            yield {name: value[start : start + width] for name, value in self.inputs.items()}
+
+
+def keep_rows(rows: Rows, float_outputs: Outputs, compressed_outputs: Outputs, folder: Path) -> Path:
+    """Writes the first evaluation rows (4 to 64, about 8 MB) with both models' outputs to ``kept.safetensors``."""
+    from safetensors.torch import save_file
+
+    one = next(iter(rows.batches(1)))
+    width = sum(value.nbytes for value in one.values()) + 2 * float_outputs.take(0, rows.group).nbytes
+    count = min(len(rows), max(4, min(64, _BYTES // max(1, width))))
+    batch = next(iter(rows.batches(count)))
+    tensors = {f"inputs.{name}": value.contiguous() for name, value in batch.items()}
+    tensors["float"] = float_outputs.take(0, count * rows.group).contiguous()
+    tensors["compressed"] = compressed_outputs.take(0, count * rows.group).contiguous()
+    if rows.labels is not None:
+        tensors["labels"] = rows.labels[:count].contiguous()
+    path, unfinished = folder / _FILE, folder / f".{_FILE}.part"
+    save_file(tensors, unfinished, metadata={"group": str(rows.group)})
+    os.replace(unfinished, path)
+    return path
+
+
+def validate(folder: Path, *, trust: bool = False, progress: Progress | None = None) -> Report:
+    """Opens every file of a run folder again, runs it and judges it; writes ``validation.json`` next to ``report.json``.
+
+    Raises:
+        UserError: the folder is not that of a finished run, or one of its files is gone.
+        MissingRuntime: a runtime that the recipe exports to is not installed here.
+    """
+    from compress.recipe import read
+
+    progress = progress or Progress()
+    if not (folder / "report.json").is_file() or not (folder / "manifest.json").is_file():
+        raise UserError(str(folder), "is not the folder of a finished run", "Name one, such as runs/quickstart.")
+    told: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    recipe = read(folder / "recipe.yaml", base=(folder / told["base"]).resolve())
+    before = report.read(folder)
+    for exporter in recipe.export:
+        if reason := exporter.missing():
+            raise MissingRuntime(f"export.{exporter.format}", reason, f"pip install 'transformer-compress[{exporter.extra}]'")
+    torch.set_num_threads(recipe.threads)
+    limits = _unchanged(folder, told)
+    with progress.step("load the compressed model"):
+        model = load(folder, trust=trust)
+    judge, rows, note = _judge(recipe, folder, model, trust, progress)
+    for exporter in recipe.export:
+        baseline = folder / "baseline" / exporter.filename
+        if baseline.exists():
+            judge.floats[exporter.format] = _artifact(exporter, baseline)
+        with progress.step(f"{exporter.format}: open, run, judge"):
+            rows += judge.file(exporter, _artifact(exporter, folder / exporter.filename), model)
+    limits += verdict(rows, recipe.accept)
+    met = all(limit.met for limit in limits)
+    made = before.model_copy(
+        update={
+            "met": met,
+            "exit_code": 0 if met else 1,
+            "limits": limits,
+            "rows": rows,
+            "data": {**before.data, "validated_on": note},
+            "machine": manifest.machine(recipe.threads),
+            "folder": str(folder),
+        }
+    )
+    manifest.write_json(folder / "validation.json", made.model_dump(mode="json"))
+    return made
+
+
+def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: Progress) -> tuple[Judge, list[Row], str]:
+    """A judge with its references, on all evaluation rows where they can be reached, else on the kept ones."""
+    from compress.datasets import load_data
+    from compress.sources import load_model
+
+    def made(rows: Any, metric: Any, metric_name: str, batch_size: int) -> Judge:
+        return Judge(
+            rows=rows,
+            metric=metric,
+            metric_name=metric_name,
+            batch_size=batch_size,
+            measure=recipe.measure,
+            threads=recipe.threads,
+            folder=folder,
+            say=progress.update,
+        )
+
+    size = manifest.size_bytes(folder / "model.safetensors")
+    try:
+        with progress.step("load the float model and the data"):
+            source = load_model(
+                recipe.model.source,
+                base=recipe.base,
+                trust=trust,
+                task=recipe.model.task,
+                checkpoint=recipe.model.checkpoint,
+                seed=recipe.seed,
+            )
+            data = load_data(recipe, source, evaluation=True)
+    except MissingRuntime:
+        raise
+    except UserError as error:
+        judge, rows = _kept(folder, made)
+        return judge, rows, f"{len(judge.rows)} kept rows, because: {error.what}"
+    judge = made(data.evaluation, data.metric, data.metric_name, data.batch_size)
+    with progress.step("float model: reference outputs"), evaluating(source.model):
+        rows = [judge.float_row(lambda batch: source.signature.call(source.model, batch), _bytes(source.model))]
+    with progress.step("compressed model: outputs"), evaluating(model):
+        rows.append(judge.compressed(lambda batch: source.signature.call(model, batch), size))
+    return judge, rows, f"all {len(judge.rows)} evaluation rows"
+
+
+def _kept(folder: Path, made: Any) -> tuple[Judge, list[Row]]:
+    from safetensors import safe_open
+
+    from calibrate.metrics import by_name
+
+    path = folder / _FILE
+    if not path.is_file():
+        raise UserError(str(path), "the recipe's data cannot be reached and the run kept no rows", "Run where the data is.")
+    with safe_open(path, framework="pt") as file:
+        group = int(file.metadata()["group"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    before = report.read(folder)
+    name = before.rows[0].metric.name if before.rows[0].metric else ""
+    inputs = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
+    judge = made(KeptRows(inputs, tensors.get("labels"), group), by_name(name) if name else None, name, 16)
+    rows = [judge.float_row(_Replay(tensors["float"]), before.rows[0].size_bytes or 0)]
+    size = manifest.size_bytes(folder / "model.safetensors")
+    rows.append(judge.compressed(_Replay(tensors["compressed"]), size))
+    return judge, rows
+
+
+class _Replay:
+    """Gives kept outputs [B, ...] back, batch after batch, in order."""
+
+    def __init__(self, kept: Tensor) -> None:
+        self.kept, self.start = kept, 0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        count = next(iter(batch.values())).shape[0]
+        self.start += count
+        return self.kept[self.start - count : self.start]
+
+
+def _unchanged(folder: Path, told: dict[str, Any]) -> list[Limit]:
+    """Whether the files still are the bytes that the run wrote."""
+    limits = []
+    for name, entry in told["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise UserError(str(path), "is gone", "Run the recipe again.")
+        if manifest.digest(path) != entry["sha256"]:
+            says = f"{name} is not the file that the run wrote (its hash differs)"
+            limits.append(Limit(line="manifest", artifact=name, limit="unchanged", value="changed", met=False, says=says))
+    return limits
+
+
+def _artifact(exporter: Exporter, path: Path) -> Artifact:
+    return Artifact(exporter.format, path, manifest.size_bytes(path))
+
+
+def _bytes(model: nn.Module) -> int:
+    from calibrate.inventory import inventory
+
+    return sum(entry.bytes for entry in inventory(model).values())
