@@ -1,1 +1,39 @@
 """Every pass of the toolkit, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from calibrate.errors import UserError
+from compress.passes.contract import Context, Pass, Target
+
+__all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
+
+PASSES: tuple[type[Pass], ...] = ()
+"""The passes of this package; others come through the entry-point group ``compress.passes``."""
+
+
+def known_passes() -> Mapping[str, type[Pass]]:
+    """Pass classes by their name in a recipe: those of this package, then those that installed packages add.
+
+    Raises:
+        UserError: an entry point cannot be loaded, is no pass, or takes a name that is taken.
+    """
+    from importlib.metadata import entry_points
+
+    found = {entry.name: entry for entry in PASSES}
+    for point in sorted(entry_points(group="compress.passes"), key=lambda point: point.name):
+        where = f"entry point {point.value}"
+        try:
+            loaded = point.load()
+        except Exception as error:
+            raise UserError(
+                where, f"cannot be loaded: {error}", "Repair or remove the package that adds it."
+            ) from error
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+            raise UserError(
+                where, "is not a Pass", "An entry point of the group compress.passes names a subclass of Pass."
+            )
+        if found.setdefault(loaded.name, loaded) is not loaded:
+            raise UserError(where, f"the name {loaded.name} is taken", "Give the pass another name.")
+    return found

@@ -1,0 +1,145 @@
+"""What each key of a recipe allows but the keys together do not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from compress.yaml_positions import Document, Fault, Step
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe, Split
+
+__all__ = ["contradictions"]
+
+Found = Iterator[tuple[tuple[Step, ...], str, str]]
+
+_COLUMNS = {
+    "text": {"text", "pair", "label"},
+    "parquet": {"image", "label", "text", "pair"},
+    "arrays": {"label"},
+    "images": set[str](),
+    "embedded": set[str](),
+}
+_IMAGE_KEYS = ("image_size", "channels", "mean", "std", "resize", "crop")
+
+
+def contradictions(recipe: Recipe, document: Document) -> list[Fault]:
+    """Faults of a recipe whose keys are each in order."""
+    found = [*_model(recipe), *_data(recipe), *_splits(recipe), *_export(recipe), *_accept(recipe)]
+    faults = []
+    for path, what, hint in found:
+        line, column = document.place(path, key=True)
+        faults.append(Fault(line, column, what, hint))
+    return faults
+
+
+def _model(recipe: Recipe) -> Found:
+    checkpoint = recipe.model.checkpoint
+    if checkpoint is not None and not recipe.model.source.startswith("timm:"):
+        yield (
+            ("model", "checkpoint"),
+            "checkpoint goes with a timm model only",
+            "Remove it; other sources hold their weights.",
+        )
+    if checkpoint is not None and not checkpoint.endswith(".safetensors"):
+        hint = "Save the weights with `safetensors.torch.save_file`; pickled files are not read."
+        yield ("model", "checkpoint"), f"{checkpoint} is not a safetensors file", hint
+
+
+def _data(recipe: Recipe) -> Found:
+    data, given = recipe.data, recipe.data.model_fields_set
+    for column in data.columns:
+        if column not in _COLUMNS[data.format]:
+            known = ", ".join(sorted(_COLUMNS[data.format])) or "none"
+            yield (
+                ("data", "columns", column),
+                f"format {data.format} has no column {column}",
+                f"Columns there: {known}.",
+            )
+    if "tokens" in given and data.format not in ("text", "parquet"):
+        yield ("data", "tokens"), f"tokens does not go with format {data.format}", "It is the padded length of text."
+    if data.format == "text" and data.tokens is None:
+        yield (
+            ("data",),
+            "tokens is missing",
+            "Add `tokens:` with the length that text is padded and cut to, such as 64.",
+        )
+    if data.format == "text" and "text" not in data.columns:
+        yield ("data",), "columns does not say where the text is", "Add `columns: {text: NAME, label: NAME}`."
+    if "header" in given and data.format != "text":
+        yield ("data", "header"), f"header does not go with format {data.format}", "It is for csv and tsv files."
+    for key in _IMAGE_KEYS:
+        if key in given and data.format not in ("images", "parquet"):
+            yield ("data", key), f"{key} does not go with format {data.format}", "It is for images and parquet."
+    lengths = {len(values) for values in (data.mean, data.std) if values is not None}
+    if len(lengths) > 1 or (data.channels and lengths - {1, data.channels}):
+        yield ("data", "mean"), "mean and std do not have the same number of channels", "Give one value a channel."
+
+
+def _splits(recipe: Recipe) -> Found:
+    data = recipe.data
+    for name, split in (("calibration", data.calibration), ("evaluation", data.evaluation)):
+        if split is None:
+            continue
+        if data.format == "embedded" and split.path is not None:
+            yield (
+                ("data", name, "path"),
+                "embedded data has no path",
+                "Remove it; calibration and evaluation rows are kept apart.",
+            )
+        if data.format != "embedded" and split.path is None:
+            yield ("data", name), f"{name} has no path", f"Add `{name}: {{path: FILE, rows: ...}}`."
+        start, end = split.span
+        if end is not None and end <= start:
+            yield ("data", name, "rows"), f"rows {split.rows} ends before it begins", "Write first-last, such as 0-127."
+        if split.shuffle is not None and not isinstance(split.rows, int):
+            yield (
+                ("data", name, "shuffle"),
+                "shuffle goes with a count of rows only",
+                "Remove it, or give rows as a count.",
+            )
+    if (
+        data.evaluation is not None
+        and data.format != "embedded"
+        and _overlap(recipe, data.calibration, data.evaluation)
+    ):
+        hint = "Give both as ranges that do not meet, such as rows: 0-127 and rows: 128-999, or use two files."
+        yield ("data", "evaluation"), "evaluation reads rows that calibration may have read", hint
+
+
+def _overlap(recipe: Recipe, first: Split, second: Split) -> bool:
+    if first.path is None or second.path is None:
+        return False
+    if os.path.realpath(recipe.path(first.path)) != os.path.realpath(recipe.path(second.path)):
+        return False
+    if first.seeded and second.seeded:
+        return False  # the seed draws one from the beginning and one from the end of the same order
+    (start, end), (other_start, other_end) = first.span, second.span
+    return (end is None or other_start < end) and (other_end is None or start < other_end)
+
+
+def _export(recipe: Recipe) -> Found:
+    seen: set[str] = set()
+    for number, exporter in enumerate(recipe.export):
+        if exporter.format in seen:
+            yield ("export", number), f"{exporter.format} is listed twice", "A run writes one file a format; keep one."
+        seen.add(exporter.format)
+
+
+def _accept(recipe: Recipe) -> Found:
+    formats = {exporter.format for exporter in recipe.export}
+    for name in ("onnx", "openvino", "coreml", "tensorrt"):
+        if name in recipe.accept.model_fields_set and {"openvino": "onnx"}.get(name, name) not in formats:
+            yield (
+                ("accept", name),
+                f"accept has limits for {name}, which is not exported",
+                "Add it to export, or remove them.",
+            )
+    if recipe.data.evaluation is None and recipe.accept.asks_for_rows():
+        yield (
+            ("accept",),
+            "accept has limits that need evaluation rows",
+            "Add `evaluation:` to data, or keep size_ratio only.",
+        )

@@ -1,0 +1,360 @@
+"""The recipe: one YAML file is the whole run. Strict, with the place of every fault, all faults at once."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from compress.choices import Chosen, Short
+from compress.exporters import known_exporters
+from compress.faults import RecipeError, explain, mistyped
+from compress.passes import Pass, known_passes
+from compress.yaml_positions import Document, Fault, Step, parse, read_text
+from export.contract import Exporter
+
+__all__ = [
+    "Accept",
+    "Columns",
+    "DataSpec",
+    "Format",
+    "Limits",
+    "Measure",
+    "ModelSpec",
+    "Recipe",
+    "RecipeError",
+    "Role",
+    "RowSpan",
+    "Split",
+    "Task",
+    "parse_recipe",
+    "read",
+]
+
+Task = Literal["auto", "image-classification", "text-classification", "sentence-embedding", "causal-lm", "features"]
+Format = Literal["embedded", "images", "parquet", "text", "arrays"]
+Columns = Literal["text", "pair", "label", "image"]
+Runtime = Literal["onnx", "openvino", "coreml", "tensorrt"]
+Limit = Literal["metric_drop", "sqnr_db", "agreement", "latency_ratio", "size_ratio"]
+Role = Literal[
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.out",
+    "mlp.up",
+    "mlp.gate",
+    "mlp.down",
+    "norm",
+    "embedding",
+    "head",
+    "conv",
+    "linear",
+]
+
+_SOURCE = r"^(hf:.+|timm:.+|embedded:.+|.*\.py:[A-Za-z_][A-Za-z0-9_]*)$"
+_SPAN = r"^[0-9]+-[0-9]+$"
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Index = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
+ModelSource = Annotated[
+    str,
+    Field(
+        pattern=_SOURCE,
+        examples=["hf:path/or/hub-id", "timm:name", "file.py:function", "embedded:digits-vit"],
+        description="where the model comes from: hf: a Hugging Face folder or hub id; timm: a name of timm; "
+        "file.py:function: a function of yours that returns a module and example inputs (runs only with --trust); "
+        "embedded: a small model that ships with the package",
+    ),
+]
+FilePath = Annotated[str, Field(min_length=1, pattern=r"^[^~]", examples=["data/train.tsv"])]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """The model: where it comes from and, where that is not plain, what it does and what its parts are."""
+
+    source: ModelSource
+    task: Task = Field("auto", description="what the model does; auto reads it from the model's own config")
+    checkpoint: FilePath | None = Field(None, description="safetensors file with the weights of a timm model")
+    roles: dict[Role, tuple[str, ...]] = Field(
+        {}, description="module paths (with * and ?) of parts that the anatomy does not find or finds wrongly, by role"
+    )
+
+
+class RowSpan(Section):
+    """A run of rows of a file."""
+
+    start: Index = Field(0, description="first row, from 0")
+    count: Count = Field(description="how many rows")
+
+
+class Split(Section):
+    """Rows of one file, for calibration or for evaluation."""
+
+    path: FilePath | None = Field(
+        None, description="file or folder, relative to the recipe; none for embedded data, which has its own splits"
+    )
+    rows: Annotated[str, Field(pattern=_SPAN, examples=["0-127"])] | Literal["all"] | Count | RowSpan = Field(
+        "all",
+        description="which rows: all; a count, chosen by the seed; a range such as 0-127 (both ends belong to it); "
+        "or start and count",
+    )
+    shuffle: bool | None = Field(
+        None, description="whether a count of rows is chosen by the seed (the default) or taken from the beginning"
+    )
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed chooses the rows."""
+        return isinstance(self.rows, int) and self.shuffle is not False
+
+    @property
+    def span(self) -> tuple[int, int | None]:
+        """First row and one past the last (None: the end of the file); what a seeded choice is taken from."""
+        if isinstance(self.rows, RowSpan):
+            return self.rows.start, self.rows.start + self.rows.count
+        if isinstance(self.rows, int):
+            return (0, None) if self.seeded else (0, self.rows)
+        if self.rows == "all":
+            return 0, None
+        first, _, last = self.rows.partition("-")
+        return int(first), int(last) + 1
+
+    @property
+    def selection(self) -> Literal["all"] | int | tuple[int, int]:
+        """All rows, a count that the seed chooses, or first row and one past the last."""
+        start, end = self.span
+        if self.seeded and isinstance(self.rows, int):
+            return self.rows
+        return "all" if end is None else (start, end)
+
+    @property
+    def count(self) -> int | None:
+        """How many rows; None: all of them."""
+        if isinstance(self.rows, int):
+            return self.rows
+        start, end = self.span
+        return None if end is None else end - start
+
+
+class DataSpec(Section):
+    """The data: its format, how a row becomes the model's input, and which rows are for what."""
+
+    format: Format = Field(
+        description="embedded: the digits of the embedded model; images: a folder with one sub-folder for each class; "
+        "parquet: columns with images and labels; text: csv, tsv or jsonl; arrays: npz with one array for each input"
+    )
+    columns: dict[Columns, str | Index] = Field(
+        {}, description="column names, or positions from 0 in a file without header", examples=[{"text": 0, "label": 1}]
+    )
+    header: bool = Field(True, description="whether the first line of a csv or tsv file names the columns")
+    tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = Field(
+        None, description="length that text is padded and cut to, in tokens"
+    )
+    image_size: Annotated[int, Field(ge=1, le=16384)] | tuple[Count, Count] | None = Field(
+        None, description="pixels, one number or height and width (default: the model's own preprocessing)"
+    )
+    channels: Literal[1, 3] | None = Field(None, description="1 for grey, 3 for colour (default: the model's own)")
+    mean: tuple[float, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=3,
+        description="subtracted from each channel, pixels in 0..1 (default: the model's own)",
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, min_length=1, max_length=3, description="divides each channel, pixels in 0..1 (default: the model's own)"
+    )
+    resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
+        None, description="how images are resized (default: the model's own)"
+    )
+    crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of the resized image that the centre crop keeps (default: the model's own)"
+    )
+    calibration: Split = Field(Split(rows=128), description="rows that passes may look at")
+    evaluation: Split | None = Field(
+        None, description="other rows, on which every file is judged; without them nothing is judged"
+    )
+    metric: Literal["auto", "accuracy", "top5", "f1", "spearman", "pearson", "perplexity", "agreement"] = Field(
+        "auto",
+        description="the task's metric; auto takes the usual one of the task, and agreement with float without labels",
+    )
+
+
+class Limits(Section):
+    """What a file may lose and must gain, all against the float model."""
+
+    metric_drop: Annotated[float, Field(ge=-100, le=100)] | None = Field(
+        None,
+        description="largest loss of the metric against float, in its own unit (0.01 is one point of accuracy)",
+    )
+    sqnr_db: Annotated[float, Field(ge=0, le=200)] | None = Field(
+        None, description="least signal-to-quantization-noise ratio of the output against float, dB"
+    )
+    agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="least share of rows with the same prediction as float"
+    )
+    latency_ratio: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="largest median time over that of the float file in the same runtime"
+    )
+    size_ratio: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="largest file size over that of the float file in the same format"
+    )
+
+
+class Accept(Limits):
+    """The contract: limits for every file, limits for one runtime (they come first), and what may stay unvalidated."""
+
+    onnx: Limits = Field(Limits(), description="limits for ONNX Runtime alone")
+    openvino: Limits = Field(Limits(), description="limits for the ONNX file in OpenVINO alone")
+    coreml: Limits = Field(Limits(), description="limits for Core ML alone")
+    tensorrt: Limits = Field(Limits(), description="limits for TensorRT alone")
+    unvalidated: tuple[Runtime, ...] = Field(
+        (), description="runtimes whose file may stay without a run in its own runtime on this machine"
+    )
+
+    def limit(self, line: str, runtime: str) -> float | None:
+        """The limit ``line`` that holds for a runtime; None where there is none."""
+        own = getattr(self, runtime, None)
+        value = getattr(own, line) if isinstance(own, Limits) else None
+        found: float | None = value if value is not None else getattr(self, line)
+        return found
+
+    def asks_for_rows(self) -> bool:
+        """Whether any limit needs evaluation rows."""
+        lines = ("metric_drop", "sqnr_db", "agreement", "latency_ratio")
+        holders: tuple[Limits, ...] = (self, self.onnx, self.openvino, self.coreml, self.tensorrt)
+        return any(getattr(holder, line) is not None for holder in holders for line in lines)
+
+
+class Measure(Section):
+    """How time is measured."""
+
+    batch_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
+        (1,), min_length=1, max_length=16, description="batch sizes that are timed, in rows"
+    )
+    repeats: int = Field(
+        30, ge=3, le=10_000, description="timed runs at each batch size, interleaved with the float file"
+    )
+    warmup: int = Field(5, ge=0, le=1000, description="runs before the timed ones")
+
+
+class Recipe(Section):
+    """One run: the model, the data, the passes in order, the files to write, and the contract they must meet."""
+
+    name: Annotated[str, Field(pattern=_NAME, max_length=100, examples=["bert-int8"])] = Field(
+        "", description="name of the run (default: the file's name); its folder is runs/<name>"
+    )
+    model: Annotated[ModelSpec, Short("source", ModelSource)] = Field(description="the model: its source, or a mapping")
+    data: DataSpec = Field(description="calibration and evaluation rows, and how they become inputs")
+    passes: tuple[Annotated[Pass, Chosen(known_passes, "a pass")], ...] = Field(
+        description="what is done to the model, in this order; `compress passes` lists them"
+    )
+    export: tuple[Annotated[Exporter, Chosen(known_exporters, "an exporter")], ...] = Field(
+        description="the files to write"
+    )
+    accept: Accept = Field(
+        Accept(), description="the contract; a run that misses it exits with code 1 and keeps its files"
+    )
+    measure: Measure = Field(Measure(), description="how time is measured")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of every random choice")
+    threads: int = Field(1, ge=1, le=1024, description="threads for passes and for measured runs")
+
+    _text: str = PrivateAttr("")
+    _where: str = PrivateAttr("recipe.yaml")
+    _base: Path = PrivateAttr(Path())
+    _document: Document | None = PrivateAttr(None)
+
+    @property
+    def text(self) -> str:
+        """The file as it was written."""
+        return self._text
+
+    @property
+    def base(self) -> Path:
+        """The folder that paths in the recipe are relative to."""
+        return self._base
+
+    def path(self, written: str) -> Path:
+        """A path as the recipe writes it, made relative to the recipe's folder."""
+        return self._base / written
+
+    def place(self, *path: Step, key: bool = False) -> str:
+        """``file:line:column`` of a value (or of its key), for errors that turn up later:
+        ``place("passes", 0, "quantize", "group_size")``. Steps that the file does not write are passed over."""
+        line, column = self._document.place(path, key=key) if self._document is not None else (1, 1)
+        return f"{self._where}:{line}:{column}"
+
+
+def read(path: str | Path) -> Recipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        UserError: the file cannot be read.
+        RecipeError: with every fault of the file and its place.
+    """
+    path = Path(path)
+    return parse_recipe(read_text(path), where=str(path), base=path.parent, stem=path.stem)
+
+
+def parse_recipe(text: str, *, where: str = "recipe.yaml", base: Path = Path(), stem: str = "recipe") -> Recipe:
+    """The recipe in a YAML text.
+
+    Args:
+        where: what errors call the file.
+        base: the folder that paths in the recipe are relative to.
+        stem: the name of the run where the text has none.
+
+    Raises:
+        RecipeError: with every fault of the text and its place.
+    """
+    from compress.contradictions import contradictions
+
+    document = parse(text)
+    if document.root is None:
+        raise RecipeError(where, document.faults)
+    data = document.root.data()
+    if not isinstance(data, dict):
+        hint = "Begin with `model:`; `compress recipes` lists examples."
+        place = (document.root.line, document.root.column)
+        raise RecipeError(where, [*document.faults, Fault(*place, "a recipe is a mapping of keys to values", hint)])
+    faults = [*document.faults, *mistyped(document, recipe_schema())]
+    try:
+        recipe = Recipe.model_validate({"name": _name(stem), **data})
+    except ValidationError as error:
+        faults += explain(error.errors(include_url=False), document, recipe_schema())
+    else:
+        if faults:
+            raise RecipeError(where, _once(faults))
+        recipe._text, recipe._where, recipe._base, recipe._document = text, where, base, document
+        faults += contradictions(recipe, document)
+    if faults:
+        raise RecipeError(where, _once(faults))
+    return recipe
+
+
+@functools.cache
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, with every option of every pass and exporter."""
+    schema = Recipe.model_json_schema(mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "transformer-compress recipe"}
+
+
+def _once(faults: list[Fault]) -> list[Fault]:
+    """One fault a place: what the YAML reader refused is not complained about again."""
+    seen: dict[tuple[int, int], Fault] = {}
+    for fault in faults:
+        seen.setdefault((fault.line, fault.column), fault)
+    return list(seen.values())
+
+
+def _name(stem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "recipe"
