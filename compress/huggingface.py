@@ -1,0 +1,387 @@
+"""Models from a Hugging Face folder or hub id: safetensors only, never remote code, float32 in eval mode."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.errors import UserError
+from calibrate.signature import Batch, Output, Signature, TensorSpec
+from compress.image_settings import hf_preprocessing
+from compress.sources import Source, check_finite, digest_files, nearest, need, random_images
+
+__all__ = ["Tokenizer", "load_hf", "rebuild_hf"]
+
+_SMALL_FILES = (
+    "config.json", "preprocessor_config.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+                    "sentencepiece.bpe.model")  # fmt: skip
+_SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "A model that was never measured is a rumour.",
+    "It rains.",
+    "Nobody had expected that the film would be so good.",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's own tokenizer, as the data needs it.
+
+    Attributes:
+        raw: the tokenizer of transformers.
+        names: the model inputs that it makes (``input_ids``, ``attention_mask`` ...).
+        fingerprint: SHA-256 over its files.
+    """
+
+    raw: Any
+    names: tuple[str, ...]
+    fingerprint: str
+
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int) -> tuple[Batch, int]:
+        """Named int64 tensors [B, tokens], padded or cut to ``tokens``, and how many of the texts were cut."""
+        second = {} if pairs is None else {"text_pair": list(pairs)}
+        encoded = self.raw(list(texts), **second, padding="max_length", truncation=True, max_length=tokens)
+        batch = {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.names}
+        if encoded.encodings:
+            return batch, sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        whole = self.raw(list(texts), **second, padding=False, truncation=False)["input_ids"]
+        return batch, sum(len(ids) > tokens for ids in whole)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a running text, without special tokens."""
+        ids: list[int] = self.raw(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+def load_hf(name: str, base: Path, task: str) -> Source:
+    """The model in a folder (or of a hub id); see ``compress.sources.load_model``."""
+    transformers = need("transformers", "hf")
+    folder = _folder(name, base)
+    weights = _weight_files(folder)
+    with _quiet(transformers):
+        config = _config(transformers, folder)
+        model_class, output, found = _what(transformers, config, folder, task)
+        tokenizer = _tokenizer(transformers, folder)
+        settings = _settings(model_class, config, output, tokenizer)
+        model = _load(model_class, config, folder, settings)
+    check_finite(model, str(folder))
+    signature = _signature(model, config, output, tokenizer)
+    # A key of the hub's cache says nothing: the name is the folder's own, or the id's last part.
+    short = name.rstrip("/").rpartition("/")[2] or folder.name
+    num_labels = int(config.num_labels) if "classification" in found else None
+    return Source(
+        model=model,
+        signature=signature,
+        name=short,
+        task=found,  # type: ignore[arg-type]
+        fingerprint=digest_files([folder / "config.json", *weights]),
+        rebuild={"kind": "hf", "class": model_class.__name__, **settings},
+        make_example=_example(config, signature, tokenizer, found),
+        classes=num_labels,
+        labels={int(number): str(label) for number, label in config.id2label.items()} if num_labels else None,
+        tokenizer=tokenizer,
+        preprocessing=hf_preprocessing(transformers, config, folder) if signature.names == ("pixel_values",) else None,
+        max_tokens=_longest(config, tokenizer) if tokenizer else None,
+        files={folder / file: file for file in _SMALL_FILES if (folder / file).is_file()},
+    )
+
+
+def rebuild_hf(rebuild: dict[str, Any], folder: Path) -> nn.Module:
+    """The architecture from ``folder/source/config.json``; weights are not read and not initialised."""
+    transformers = need("transformers", "hf")
+    with _quiet(transformers):
+        config = _config(transformers, folder / "source")
+        settings = {key: value for key, value in rebuild.items() if key not in ("kind", "class")}
+        model_class = getattr(transformers, rebuild["class"], None)
+        if model_class is None:
+            raise UserError(str(folder), f"this transformers has no {rebuild['class']}", "Install the version of the run.")
+        _prepare(config, settings)
+        with _no_initialisation():
+            model: nn.Module = model_class._from_config(
+                config, attn_implementation=settings["attention"], dtype=torch.float32, **settings["arguments"]
+            )
+    return model.eval().requires_grad_(False)
+
+
+def _folder(name: str, base: Path) -> Path:
+    path = Path(name).expanduser()
+    folder = path if path.is_absolute() else base / path
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"hf:{name}", "is a file, not a folder", "Name the folder that holds config.json and model.safetensors.")
+    near = nearest(folder.name, [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else [])
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise UserError(f"hf:{name}", "there is no such folder", near if folder.parent.is_dir() else f"No {folder.parent} either.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub's own errors, the network's, and invalid ids
+        reason = f"no such folder here, and the hub did not give it ({type(error).__name__})"
+        raise UserError(f"hf:{name}", reason, f"Folders are looked for from {base}. {near}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / "config.json").is_file():
+        raise UserError(str(folder), "holds no config.json", "Name the folder that model.save_pretrained wrote.")
+    weights = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "model.safetensors").is_file() and not index.is_file():
+        if pickled := sorted(folder.glob("*.bin")):
+            hint = "Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
+            raise UserError(str(folder), f"its weights are a pickle ({pickled[0].name}), which is not read", hint)
+        raise UserError(str(folder), "holds no model.safetensors", "Name the folder that model.save_pretrained wrote.")
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [file for file in named if not (folder / file).is_file()]:
+            raise UserError(str(folder), f"{missing[0]} is missing", "Its index names it; copy or download it again.")
+        weights = [folder / file for file in named]
+    elif (folder / "model.safetensors").is_file():
+        weights = [folder / "model.safetensors"]
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again.") from None
+    return weights
+
+
+def _config(transformers: Any, folder: Path) -> Any:
+    path = folder / "config.json"
+    try:
+        plain = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", "Copy or download it again.") from None
+    kind = plain.get("model_type")
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if kind not in known:
+        what = "runs its own code, which is not trusted" if "auto_map" in plain else f"has the unknown model_type {kind!r}"
+        raise UserError(str(path), what, nearest(str(kind), known) if kind else "model_type is missing.")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(str(path), f"is not a valid configuration: {_line(error)}", "") from None
+
+
+def _what(transformers: Any, config: Any, folder: Path, task: str) -> tuple[Any, Output, str]:
+    """The model class, how its output is taken, and the task."""
+    where = str(folder / "config.json")
+    if getattr(config, "is_encoder_decoder", False):
+        hint = "Encoders and decoders are: classification, sentence embeddings, causal language models."
+        raise UserError(where, f"{config.model_type} is an encoder-decoder, which is not supported", hint)
+    names = config.architectures or []
+    name = names[0] if names else ""
+    endings: dict[str, tuple[Output, str]] = {
+        "ForSequenceClassification": ("logits", "text-classification"),
+        "ForImageClassification": ("logits", "image-classification"),
+        "ForImageClassificationWithTeacher": ("logits", "image-classification"),
+        "ForCausalLM": ("logits", "causal-lm"),
+        "LMHeadModel": ("logits", "causal-lm"),
+    }
+    found = next((value for ending, value in endings.items() if name.endswith(ending)), None)
+    sentences = task == "sentence-embedding" or (task == "auto" and (folder / "modules.json").is_file())
+    if not sentences and task != "features" and found is not None:
+        if task not in ("auto", found[1]):
+            raise UserError("model.task", f"{name} does {found[1]}, not {task}", f"Give task: {found[1]}, or auto.")
+        return _class(transformers, name, where), *found
+    if sentences:
+        _check_pooling(folder)
+        return _base_class(transformers, config, where), "mean_pooling", "sentence-embedding"
+    if task in ("auto", "features"):
+        if name.endswith("ForMaskedLM"):
+            return _class(transformers, name, where), "logits", "features"
+        if name and not name.endswith("Model") and found is None:
+            hint = "Give task: features to take the model without its head."
+            if task == "auto":
+                raise UserError(where, f"the task of {name} is not supported", hint)
+        return _base_class(transformers, config, where), "last_hidden_state", "features"
+    hint = "Only a model that was trained for the task has the head for it."
+    raise UserError("model.task", f"{name or 'this model'} cannot do {task}", hint)
+
+
+def _class(transformers: Any, name: str, where: str) -> Any:
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise UserError(where, f"transformers {transformers.__version__} has no {name}", "Install the version that it needs.")
+    return found
+
+
+def _base_class(transformers: Any, config: Any, where: str) -> Any:
+    name = transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES.get(config.model_type)
+    if isinstance(name, list | tuple):
+        name = name[0]
+    return _class(transformers, name or f"model for {config.model_type}", where)
+
+
+def _check_pooling(folder: Path) -> None:
+    pooling = folder / "1_Pooling" / "config.json"
+    if pooling.is_file():
+        modes = [key for key, on in json.loads(pooling.read_text()).items() if key.startswith("pooling_mode_") and on is True]
+        if modes != ["pooling_mode_mean_tokens"]:
+            hint = "Mean pooling is supported; give task: features for the token states themselves."
+            raise UserError(str(pooling), f"pools by {', '.join(modes) or 'nothing'}", hint)
+    modules = folder / "modules.json"
+    if modules.is_file():
+        kinds = [module["type"].rpartition(".")[2] for module in json.loads(modules.read_text())]
+        if extra := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+            raise UserError(str(modules), f"has the layer {extra[0]} after the transformer", "It is not supported.")
+
+
+def _tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
+    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not present:
+        return None
+    try:
+        raw = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare exceptions for damaged files
+        raise UserError(str(folder), f"its tokenizer cannot be read: {_line(error)}", "Copy its files again.") from None
+    if raw.pad_token is None:
+        raw.pad_token = raw.eos_token or raw.unk_token
+    names = ("input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in raw.model_input_names else []))
+    whole = hashlib.sha256(digest_files(present).encode())
+    return Tokenizer(raw, names, whole.hexdigest())
+
+
+def _settings(model_class: Any, config: Any, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What is asked of the model beyond its config.json, as JSON; ``rebuild_hf`` asks the same."""
+    arguments: dict[str, Any] = {}
+    unused = output in ("last_hidden_state", "mean_pooling")
+    if unused and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        arguments["add_pooling_layer"] = False
+    pad = None
+    if getattr(config, "pad_token_id", None) is None and tokenizer is not None:
+        pad = tokenizer.raw.pad_token_id
+    attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    return {"attention": attention, "arguments": arguments, "pad_token_id": pad}
+
+
+def _prepare(config: Any, settings: dict[str, Any]) -> None:
+    if settings["pad_token_id"] is not None:
+        config.pad_token_id = settings["pad_token_id"]
+
+
+def _load(model_class: Any, config: Any, folder: Path, settings: dict[str, Any]) -> nn.Module:
+    _prepare(config, settings)
+    try:
+        model, found = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation=settings["attention"],
+            output_loading_info=True,
+            **settings["arguments"],
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(str(folder), f"{model_class.__name__} cannot be loaded: {_line(error)}", "") from None
+    if absent := sorted(found["missing_keys"]):
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        hint = "The file does not fit config.json, or the model was not trained for this task."
+        raise UserError(str(folder), f"the weights lack {absent[0]}{more}", hint)
+    if different := found.get("mismatched_keys"):
+        first = sorted(str(key) for key in different)[0]
+        raise UserError(str(folder), f"a weight has another shape than config.json says: {first}", "")
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _signature(model: Any, config: Any, output: Output, tokenizer: Tokenizer | None) -> Signature:
+    name = "logits" if output == "logits" else {"mean_pooling": "embedding"}.get(output, output)
+    if model.main_input_name == "pixel_values":
+        height, width = _image_size(config)
+        shape = ("batch", int(getattr(config, "num_channels", 3)), height, width)
+        return Signature((TensorSpec("pixel_values", torch.float32, shape),), output, name)
+    if model.main_input_name != "input_ids":
+        hint = "Models of text (input_ids) and of images (pixel_values) are supported."
+        raise UserError(f"hf:{config.model_type}", f"its input is {model.main_input_name}", hint)
+    accepted = inspect.signature(model.forward).parameters
+    names = tokenizer.names if tokenizer else ("input_ids", "attention_mask")
+    inputs = tuple(TensorSpec(name, torch.int64, ("batch", "tokens")) for name in names if name in accepted)
+    constants = {"use_cache": False} if "use_cache" in accepted else {}
+    return Signature(inputs, output, name, constants)
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _longest(config: Any, tokenizer: Tokenizer) -> int | None:
+    """The longest text the model takes; RoBERTa's positions start after the padding's."""
+    positions = getattr(config, "max_position_embeddings", None)
+    limit = tokenizer.raw.model_max_length
+    known = [value for value in (positions, limit) if isinstance(value, int) and 0 < value < 10**9]
+    return min(known) if known else None
+
+
+def _example(config: Any, signature: Signature, tokenizer: Tokenizer | None, task: str) -> Any:
+    if signature.names == ("pixel_values",):
+        channels, height, width = (int(size) for size in signature.inputs[0].shape[1:])
+        return lambda: {"pixel_values": random_images((4, channels, height, width))}
+    if tokenizer is not None:
+
+        def from_text() -> Batch:
+            batch = tokenizer(_SENTENCES, tokens=16)[0]
+            return {name: batch[name] for name in signature.names}
+
+        return from_text
+    return lambda: _random_text(config, signature)
+
+
+def _random_text(config: Any, signature: Signature) -> Batch:
+    """4 rows of 16, 11, 7 and 4 random ids, padded to 16."""
+    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
+    ids = torch.randint(config.vocab_size // 2, config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.where(ids == pad, pad - 1 if pad else pad + 1, ids)
+    mask: Tensor = (torch.arange(16) < torch.tensor([16, 11, 7, 4]).unsqueeze(1)).long()
+    batch = {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}
+    return {name: batch[name] for name in signature.names}
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No warnings, logs or bars; what must be said is said by errors and notes."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_initialisation() -> Iterator[None]:
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")[:200]
