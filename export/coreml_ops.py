@@ -1,0 +1,229 @@
+"""Teaches coremltools what it lacks, for the duration of one conversion: our carrier ops, and a few plain torch ops.
+
+Everything here is undone when the conversion ends: the registry of converters and the patched functions are those of before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from calibrate.errors import UserError
+from calibrate.grid import unpack
+from export.coreml_weights import Target, Weight
+
+__all__ = ["Carrier", "conversion", "decomposed", "finite"]
+
+# Kept whole instead of decomposed: Core ML has the operation, or coremltools' converter of it gives a smaller program.
+_KEPT = (
+    "linear layer_norm native_layer_norm gelu _softmax softmax.int silu relu matmul conv2d conv2d.padding expand "
+    "scaled_dot_product_attention roll adaptive_avg_pool1d adaptive_avg_pool2d upsample_bilinear2d.vec pixel_shuffle "
+    "hardswish hardsigmoid leaky_relu elu hardtanh prelu softplus mish"
+).split()
+
+_MASK = 1e30
+"""A constant beyond it means minus (or plus) infinity: no trained weight is that large."""
+
+
+def decomposed(program: ExportedProgram) -> ExportedProgram:
+    """The program in the operations that coremltools converts well."""
+    table = torch.export.default_decompositions()
+    for name in _KEPT:
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+        if op is not None:
+            table.pop(op, None)
+    return program.run_decompositions(table)
+
+
+def finite(program: ExportedProgram, half: bool) -> ExportedProgram:
+    """Replaces the infinities of attention masks by finite numbers, in place: Core ML's float16 has no room for -3.4e38.
+
+    In float16 every constant below -65504 becomes -3e4, so that two masks can be added without an overflow; in float32
+    what is beyond 1e30 becomes 1e30 with its sign.
+    """
+    program._state_dict, program._constants = dict(program._state_dict), dict(program._constants)
+    for node in program.graph_module.graph.nodes:
+        if node.op == "call_function":
+            node.args = torch.fx.node.map_aggregate(node.args, lambda value: _finite_number(value, half))
+            node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda value: _finite_number(value, half))
+    for holder in (program.constants, program.state_dict):
+        for name, value in holder.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+                holder[name] = _finite_tensor(value, half)
+    return program
+
+
+def _finite_number(value: Any, half: bool) -> Any:
+    if isinstance(value, float) and not math.isnan(value):
+        if half and value < -65504:
+            return -3e4
+        if abs(value) >= _MASK:
+            return math.copysign(3e4 if half else _MASK, value)
+    return value
+
+
+def _finite_tensor(value: Tensor, half: bool) -> Tensor:
+    low, high = (float(limit) for limit in torch.aminmax(value.detach()))
+    if low >= (-65504 if half else -_MASK) and high < _MASK:
+        return value
+    limit = 3e4 if half else _MASK
+    changed = torch.where(value >= _MASK, limit, torch.where(value < (-65504 if half else -_MASK), -limit, value.detach()))
+    return torch.nn.Parameter(changed, requires_grad=False) if isinstance(value, torch.nn.Parameter) else changed
+
+
+class Carrier:
+    """Converters of our carrier ops; remembers which weight operation holds the codes of which buffer.
+
+    Args:
+        target: the oldest system that must run the package.
+        buffers: placeholder name in the traced graph -> dotted name of the buffer in the traced module.
+    """
+
+    def __init__(self, target: Target, buffers: Mapping[str, str]) -> None:
+        """``names``: weight operation -> the buffers whose codes it holds (equal weights share one operation)."""
+        self.target, self.buffers = target, buffers
+        self.emitted: dict[str, Any] = {}
+        self.names: dict[str, list[str]] = {}
+        self.named: dict[str, str] = {}
+
+    def converters(self) -> dict[str, Callable[[Any, Any], None]]:
+        return {
+            "dequantize": self.dequantize,
+            "embedding": self.embedding,
+            "quantize_dequantize": self.quantize_dequantize,
+        }
+
+    def weight(self, node: Any, inputs: list[Any], first: int) -> Any:
+        """The dense weight of the carrier arguments (codes, scale, zero_point, bits, shape) that begin at ``first``."""
+        codes, scale, shift, bits, shape = inputs[first : first + 5]
+        sizes, width = [int(size) for size in np.atleast_1d(shape.val)], int(bits.val)
+        stored = torch.from_numpy(np.array(codes.val)).reshape(-1)
+        weight = Weight(
+            unpack(stored, width, sizes).numpy(),
+            np.array(scale.val, np.float32),
+            None if shift is None else np.array(shift.val, np.int8),
+            width,
+        )
+        key = weight.key()
+        if key not in self.emitted:
+            name = f"codes_{len(self.emitted)}"
+            self.emitted[key], self.names[name] = weight.emit(self.target, name), []
+            self.named[key] = name
+        source = self.buffers[str(node.inputs[first])]
+        if source not in self.names[self.named[key]]:
+            self.names[self.named[key]].append(source)
+        return self.emitted[key]
+
+    def dequantize(self, context: Any, node: Any) -> None:
+        context.add(self.weight(node, _inputs(context, node), 0), node.name)
+
+    def embedding(self, context: Any, node: Any) -> None:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        inputs = _inputs(context, node)
+        ids = mb.cast(x=inputs[0], dtype="int32")
+        context.add(mb.gather(x=self.weight(node, inputs, 1), indices=ids, axis=0, name=node.name))
+
+    def quantize_dequantize(self, context: Any, node: Any) -> None:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        x, scale, shift, bits = _inputs(context, node)
+        if int(bits.val) != 8 or self.target == "iOS16":
+            raise UserError("", f"Core ML {self.target} cannot round activations to {int(bits.val)} bits", "Use 8, iOS17.")
+        step, zero = np.float32(np.asarray(scale.val).item()), np.int8(np.asarray(shift.val).item())
+        arguments = {"scale": step} if zero == 0 else {"scale": step, "zero_point": zero}
+        codes = mb.quantize(input=x, output_dtype="int8", **arguments)
+        context.add(mb.dequantize(input=codes, name=node.name, **arguments))
+
+
+def _inputs(context: Any, node: Any) -> list[Any]:
+    from coremltools.converters.mil.frontend.torch import ops
+
+    return list(ops._get_inputs(context, node))
+
+
+def _alias(context: Any, node: Any) -> None:
+    context.add(_inputs(context, node)[0], node.name)
+
+
+def _new_ones(context: Any, node: Any) -> None:
+    from coremltools.converters.mil.mil import Builder as mb
+
+    shape = _inputs(context, node)[1]
+    shape = mb.concat(values=shape, axis=0) if isinstance(shape, list | tuple) else shape
+    context.add(mb.fill(shape=shape, value=1.0, name=node.name))
+
+
+def _scalar(function: Callable[..., None]) -> Callable[..., None]:
+    """numpy 2.4 no longer makes an int of a one-element array; converters written for older ones expect it to."""
+
+    def cast(context: Any, node: Any, dtype: type, dtype_name: str) -> None:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        x = _inputs(context, node)[0]
+        if x.can_be_folded_to_const() and np.size(x.val) == 1:
+            context.add(mb.const(val=dtype(np.asarray(x.val).item()), name=node.name), node.name)
+        else:
+            function(context, node, dtype, dtype_name)
+
+    return cast
+
+
+def _overflows(op: Any) -> bool:
+    """Whether a constant of the operation is beyond float16: what coremltools asks of every operation, without a copy."""
+    for given in op.inputs.values():
+        for variable in given if isinstance(given, list | tuple) else [given]:
+            made_by = getattr(variable, "op", None)
+            if made_by is None or made_by.op_type != "const" or not variable.is_tensor_or_scalar_of(dtype="fp32"):
+                continue
+            values = np.asarray(made_by.val.val)
+            if values.size and max(abs(float(values.min())), abs(float(values.max()))) > 65504:
+                return True
+    return False
+
+
+class _Silent:
+    """Stands in for the progress bar of coremltools."""
+
+    def __new__(cls, items: Any, *_: Any, **__: Any) -> Any:
+        return items
+
+
+@contextmanager
+def conversion(carrier: Carrier) -> Iterator[None]:
+    """coremltools with our converters and patches, and without progress bars; as before when the block ends."""
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as registry
+    from coremltools.converters.mil.mil.passes import pass_pipeline
+    from coremltools.converters.mil.mil.passes.defs.quantization import FP16ComputePrecision
+
+    patches: list[tuple[Any, str, Any]] = [
+        (ops, "_cast", _scalar(ops._cast)),
+        (ops, "_tqdm", _Silent),
+        (pass_pipeline, "tqdm", _Silent),
+        (FP16ComputePrecision, "fp16_overflow", staticmethod(_overflows)),
+    ]
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
+    known = dict(registry.name_to_func_mapping)
+    try:
+        for owner, name, value in patches:
+            setattr(owner, name, value)
+        for name, converter in carrier.converters().items():
+            for spelling in (f"compress::{name}", f"compress.{name}", f"compress.{name}.default"):
+                registry.name_to_func_mapping[spelling] = converter
+        registry.name_to_func_mapping.setdefault("alias", _alias)
+        registry.name_to_func_mapping.setdefault("new_ones", _new_ones)
+        yield
+    finally:
+        registry.name_to_func_mapping.clear()
+        registry.name_to_func_mapping.update(known)
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -1,0 +1,157 @@
+"""How Core ML stores integer codes: which of its compressed forms holds a weight exactly, and the operations that build it.
+
+| codes | iOS 18 | iOS 16, 17 |
+|---|---|---|
+| 8 bits | int8 + ``constexpr_blockwise_shift_scale`` | int8 + ``constexpr_affine_dequantize`` (per tensor, per channel) |
+| 4 bits | int4 + ``constexpr_blockwise_shift_scale`` | packed indices + ``constexpr_lut_to_dense`` (per tensor) |
+| 2 bits | uint2 indices + ``constexpr_lut_to_dense``; per group the table is int8 and a ``shift_scale`` follows | as 4 bits |
+
+An index of a table is ``code + 2**(bits-1)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+__all__ = ["Target", "Weight", "block_counts", "refusal"]
+
+Target = Literal["iOS16", "iOS17", "iOS18"]
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Signed codes (int8) in the weight's own shape; scale float32 [O, G] or [1, 1]; zero point int8, the same shape, or None."""
+
+    codes: Array
+    scale: Array
+    zero_point: Array | None
+    bits: int
+
+    def key(self) -> str:
+        """Equal for equal weights only."""
+        content = hashlib.sha256(repr((self.bits, self.codes.shape, self.scale.shape, self.zero_point is None)).encode())
+        for part in (self.codes, self.scale, self.zero_point):
+            content.update(b"" if part is None else np.ascontiguousarray(part).data)
+        return content.hexdigest()
+
+    def emit(self, target: Target, name: str) -> Any:
+        """The MIL variable of the dense weight; its operation is called ``name``.
+
+        Raises:
+            ValueError: the target has no form for these codes (``refusal`` tells before).
+        """
+        reason = refusal(target, self.bits, self.codes.shape, self.scale.shape)
+        if reason:
+            raise ValueError(reason)
+        if target != "iOS18":
+            return self._affine(name) if self.bits == 8 else self._packed_table(name)
+        if self.bits == 2:
+            return self._table(name) if self.scale.shape[1] == 1 else self._table_then_scale(name)
+        return self._shift_scale(_narrow(self.codes, self.bits), name)
+
+    def _shift_scale(self, data: Any, name: str) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        counts = block_counts(self.codes.shape, self.scale.shape)
+        assert counts is not None
+        offset = None
+        if self.zero_point is not None:
+            offset = _narrow(self.zero_point.reshape(counts), 8 if self.bits == 2 else self.bits)
+        return mb.constexpr_blockwise_shift_scale(
+            data=data, scale=self.scale.reshape(counts), offset=offset, name=name
+        )
+
+    def _table(self, name: str) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        lut = self._levels().reshape(self.scale.shape[0], *[1] * (self.codes.ndim - 1), 4, 1)
+        return mb.constexpr_lut_to_dense(indices=self._indices(), lut=lut, name=name)
+
+    def _table_then_scale(self, name: str) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        lut = np.arange(-2, 2, dtype=np.int8).reshape(*[1] * self.codes.ndim, 4, 1)
+        data = mb.constexpr_lut_to_dense(indices=self._indices(), lut=lut, name=f"{name}_levels")
+        return self._shift_scale(data, name)
+
+    def _affine(self, name: str) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        shift = np.zeros_like(self.scale, np.int8) if self.zero_point is None else self.zero_point
+        scale, shift = self.scale.reshape(-1), shift.reshape(-1)
+        if scale.size == 1 or not shift.any():
+            shift = shift[0]
+        return mb.constexpr_affine_dequantize(
+            quantized_data=self.codes, zero_point=shift, scale=scale[0] if scale.size == 1 else scale, axis=0, name=name
+        )
+
+    def _packed_table(self, name: str) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        indices = (self.codes.reshape(-1).astype(np.int16) + 2 ** (self.bits - 1)).astype(np.uint8)
+        stream = np.unpackbits(indices[:, None], axis=1, count=self.bits, bitorder="little")
+        return mb.constexpr_lut_to_dense(
+            indices=np.packbits(stream.reshape(-1), bitorder="little"),
+            lut=self._levels().reshape(-1),
+            shape=np.array(self.codes.shape, np.uint32),
+            name=name,
+        )
+
+    def _levels(self) -> Array:
+        """The values that codes stand for, one row of ``2**bits`` a scale, float32."""
+        codes = np.arange(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1), dtype=np.float32)
+        shift = 0.0 if self.zero_point is None else self.zero_point.reshape(-1, 1).astype(np.float32)
+        return np.asarray((codes - shift) * self.scale.reshape(-1, 1), np.float32)
+
+    def _indices(self) -> Array:
+        from coremltools.converters.mil.mil import types
+
+        return (self.codes + np.int8(2)).astype(types.nptype_from_builtin(types.uint2))
+
+
+def _narrow(codes: Array, bits: int) -> Array:
+    """int8, or int8 marked as int4 in the way coremltools knows it."""
+    if bits == 8:
+        return codes.astype(np.int8)
+    from coremltools.converters.mil.mil import types
+
+    return codes.astype(types.nptype_from_builtin(types.int4))
+
+
+def block_counts(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
+    """How many scales a weight has along each dimension: [O, G] scales over the flattened inputs, as blocks of the weight.
+
+    None where a group of inputs is no box of the weight (a convolution whose group cuts a kernel unevenly).
+    """
+    if scales[1] == 1:
+        return (scales[0], *[1] * (len(shape) - 1))
+    left = int(np.prod(shape[1:])) // scales[1]
+    counts: list[int] = []
+    for size in reversed(shape[1:]):
+        if left % size == 0:
+            counts.append(1)
+            left //= size
+        elif size % left == 0:
+            counts.append(size // left)
+            left = 1
+        else:
+            return None
+    return (scales[0], *reversed(counts)) if left == 1 else None
+
+
+def refusal(target: Target, bits: int, shape: tuple[int, ...], scales: tuple[int, ...]) -> str | None:
+    """Why the target cannot store codes of these bits, weight shape and scale shape; None where it can."""
+    if target == "iOS18":
+        if block_counts(shape, scales) is None:
+            return "a group of inputs cuts the convolution kernel unevenly; choose a group size that is a multiple of it"
+        return None
+    if scales[1] > 1:
+        return f"{target} has no scale per group of inputs; use target iOS18 or granularity channel"
+    if bits != 8 and scales[0] > 1:
+        return f"{target} stores {bits}-bit codes only with one scale per tensor; use target iOS18 or granularity tensor"
+    return None
