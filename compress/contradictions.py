@@ -22,7 +22,7 @@ _COLUMNS = {
     "images": set[str](),
     "embedded": set[str](),
 }
-_IMAGE_KEYS = ("image_size", "channels", "mean", "std", "resize", "crop")
+_IMAGE_KEYS = ("image_size", "channels", "mean", "std", "resize", "crop", "interpolation")
 
 
 def contradictions(recipe: Recipe, document: Document) -> list[Fault]:
@@ -43,7 +43,7 @@ def _model(recipe: Recipe) -> Found:
             "checkpoint goes with a timm model only",
             "Remove it; other sources hold their weights.",
         )
-    if checkpoint is not None and not checkpoint.endswith(".safetensors"):
+    if checkpoint is not None and str(checkpoint) != "pretrained" and checkpoint.suffix != ".safetensors":
         hint = "Save the weights with `safetensors.torch.save_file`; pickled files are not read."
         yield ("model", "checkpoint"), f"{checkpoint} is not a safetensors file", hint
 

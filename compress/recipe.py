@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from compress.choices import Chosen, Short
 from compress.exporters import known_exporters
@@ -59,6 +59,7 @@ _SPAN = r"^[0-9]+-[0-9]+$"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Size = Annotated[int, Field(ge=1, le=16384, strict=True)]
 Index = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 ModelSource = Annotated[
     str,
@@ -70,7 +71,21 @@ ModelSource = Annotated[
         "embedded: a small model that ships with the package",
     ),
 ]
-FilePath = Annotated[str, Field(min_length=1, pattern=r"^[^~]", examples=["data/train.tsv"])]
+
+
+def _written(path: object) -> object:
+    if isinstance(path, str) and path.startswith("~"):
+        raise ValueError(f"{path} begins with ~\nWrite the whole path; ~ is not expanded.")
+    if path == "":
+        raise ValueError("a path is empty\nName a file or a folder.")
+    return path
+
+
+FilePath = Annotated[
+    Path,
+    BeforeValidator(_written),
+    WithJsonSchema({"type": "string", "pattern": "^[^~]", "examples": ["data/train.tsv"]}),
+]
 
 
 class Section(BaseModel):
@@ -84,7 +99,9 @@ class ModelSpec(Section):
 
     source: ModelSource
     task: Task = Field("auto", description="what the model does; auto reads it from the model's own config")
-    checkpoint: FilePath | None = Field(None, description="safetensors file with the weights of a timm model")
+    checkpoint: FilePath | None = Field(
+        None, description="safetensors file with the weights of a timm model, or pretrained to fetch timm's own"
+    )
     roles: dict[Role, tuple[str, ...]] = Field(
         {}, description="module paths (with * and ?) of parts that the anatomy does not find or finds wrongly, by role"
     )
@@ -147,7 +164,10 @@ class Split(Section):
 
 
 class DataSpec(Section):
-    """The data: its format, how a row becomes the model's input, and which rows are for what."""
+    """The data: its format, how a row becomes the model's input, and which rows are for what.
+
+    Whatever is said of images goes before what the model's own preprocessing says.
+    """
 
     format: Format = Field(
         description="embedded: the digits of the embedded model; images: a folder with one sub-folder for each class; "
@@ -160,24 +180,22 @@ class DataSpec(Section):
     tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = Field(
         None, description="length that text is padded and cut to, in tokens"
     )
-    image_size: Annotated[int, Field(ge=1, le=16384)] | tuple[Count, Count] | None = Field(
-        None, description="pixels, one number or height and width (default: the model's own preprocessing)"
+    image_size: Size | tuple[Size, Size] | None = Field(
+        None, description="pixels of the model's input: one number, or height and width"
     )
-    channels: Literal[1, 3] | None = Field(None, description="1 for grey, 3 for colour (default: the model's own)")
+    channels: Literal[1, 3] | None = Field(None, description="1 for grey, 3 for colour")
     mean: tuple[float, ...] | None = Field(
-        None,
-        min_length=1,
-        max_length=3,
-        description="subtracted from each channel, pixels in 0..1 (default: the model's own)",
+        None, min_length=1, max_length=3, description="subtracted from each channel, pixels in 0..1"
     )
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
-        None, min_length=1, max_length=3, description="divides each channel, pixels in 0..1 (default: the model's own)"
+        None, min_length=1, max_length=3, description="divides each channel, pixels in 0..1"
     )
-    resize: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        None, description="how images are resized (default: the model's own)"
+    resize: Size | tuple[Size, Size] | None = Field(
+        None, description="pixels that an image is first resized to: the shorter edge, or height and width"
     )
-    crop: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="share of the resized image that the centre crop keeps (default: the model's own)"
+    crop: bool | None = Field(None, description="whether image_size is then cut out of the middle")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = Field(
+        None, description="how images are resized"
     )
     calibration: Split = Field(Split(rows=128), description="rows that passes may look at")
     evaluation: Split | None = Field(
@@ -283,7 +301,7 @@ class Recipe(Section):
         """The folder that paths in the recipe are relative to."""
         return self._base
 
-    def path(self, written: str) -> Path:
+    def path(self, written: Path) -> Path:
         """A path as the recipe writes it, made relative to the recipe's folder."""
         return self._base / written
 
