@@ -1,0 +1,267 @@
+"""Writes a TensorRT engine from an explicit Q/DQ graph: strongly typed, float16 around INT8 by default.
+
+Two builders take the same graph. ``tensorrt`` builds for the NVIDIA GPU in the machine, and the engine is run and
+judged. ``tensorrt-rtx`` builds ahead of time on a CPU, for the compute capabilities named; the engine cannot be run
+there, so the exact Q/DQ file that the builder was given is kept next to it and is what gets judged (``proxy``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveInt, field_validator
+from torch import nn
+
+from calibrate.errors import MissingRuntime, UserError
+from calibrate.signature import TensorSpec
+from export.contract import Artifact, Contents, Exporter, Runner
+from export.engine_listing import builder_of
+from export.graph import Traceable
+from export.tensorrt_contents import engine_report, engine_contents, qdq_path
+from export.tensorrt_job import LIBRARIES, build_engine, product
+from export.tensorrt_runners import EngineRunner, NotRun, ProxyRunner, gpu_name
+
+__all__ = ["TensorRTExporter"]
+
+Range = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+ComputeCapability = Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
+BuilderName = Literal["tensorrt", "tensorrt-rtx"]
+
+_OPSET = 21
+
+
+class TensorRTExporter(Exporter):
+    """TensorRT engine (``tensorrt/model.engine``) and the Q/DQ file it was built from (``tensorrt/model.qdq.onnx``).
+
+    INT8 and INT4 weights stay integers in the engine; static INT8 activations run on integer kernels. What TensorRT has
+    not is refused: asymmetric codes, activation grids made at run time, group scales under quantized activations.
+    """
+
+    format: ClassVar[str] = "tensorrt"
+    extra: ClassVar[str] = "tensorrt-rtx"
+    filename: ClassVar[str] = "tensorrt/model.engine"
+
+    precision: Literal["float16", "float32"] = Field("float16", description="the floating point around the integers")
+    dynamic: list[str] = Field(["batch"], description="dimensions that stay free, such as batch and tokens")
+    batch: PositiveInt = Field(1, description="rows of the engine where batch is not dynamic")
+    profile: dict[str, Range] = Field(
+        {}, description="[minimum, optimum, maximum] of dynamic dimensions; batch 1, 1, 16 and tokens up to the data's"
+    )
+    compute_capabilities: list[ComputeCapability] = Field(
+        [], description="GPUs that tensorrt-rtx builds for; empty: its default, 8.0 and later"
+    )
+    optimization_level: int | None = Field(None, ge=0, le=5, description="builder effort; empty: the builder's own")
+    builder: Literal["auto", "tensorrt", "tensorrt-rtx"] = Field(
+        "auto", description="auto: tensorrt where it is installed and there is an NVIDIA GPU, else tensorrt-rtx"
+    )
+
+    @field_validator("profile")
+    @classmethod
+    def _ordered(cls, profile: dict[str, list[int]]) -> dict[str, list[int]]:
+        for name, (low, best, high) in profile.items():
+            if not low <= best <= high:
+                raise ValueError(f"{name}: minimum {low}, optimum {best}, maximum {high} are not in order")
+        return profile
+
+    def missing(self) -> str | None:
+        """The library that is absent: the builder, or ``onnx`` and ``onnx-ir``, which write the graph."""
+        builder = self._builder()
+        if not _installed(LIBRARIES[builder]):
+            return f"{product(builder)} is not installed"
+        if builder == "tensorrt" and gpu_name() is None:
+            return "TensorRT builds only where there is an NVIDIA GPU, and there is none; tensorrt-rtx needs none"
+        absent = next((name for name in ("onnx", "onnx_ir") if not _installed(name)), None)
+        return absent and f"{absent} is not installed, which writes the graph for the builder"
+
+    def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
+        """What TensorRT has no form for. Codes of 2 bits are taken: they are stored, unchanged, as INT4."""
+        return [
+            (path, reason)
+            for path, module in model.named_modules()
+            if hasattr(module, "quantized_weight")
+            for reason in _refusals(module)
+        ]
+
+    def write(self, source: Traceable, path: Path) -> Artifact:
+        """Lowers the model, keeps the Q/DQ file and builds the engine; afterwards both are there, or neither.
+
+        Raises:
+            MissingRuntime: a library is absent.
+            UserError: an option names a dimension that the model does not have, or the builder refuses the graph.
+        """
+        from export.to_onnx import lower, save
+
+        builder, ranges = self._ready(), self._ranges(source)
+        graph = lower(
+            source,
+            dialect="tensorrt",
+            dynamic=frozenset(self.dynamic),
+            batch=self.batch,
+            opset=_OPSET,
+            float16=self.precision == "float16",
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as folder:
+            engine = Path(folder) / path.name
+            onnx = qdq_path(engine)
+            save(graph, onnx)
+            del graph
+            built = build_engine(
+                builder,
+                onnx,
+                engine,
+                profile=_profile(source, ranges),
+                compute_capabilities=self.compute_capabilities,
+                optimization_level=self.optimization_level,
+            )
+            details = {
+                "builder": f"{product(builder)} {built.version}",
+                "precision": self.precision,
+                "opset": _OPSET,
+                "profile": ranges,
+                "build_seconds": round(built.seconds, 3),
+                "qdq_file": onnx.name,
+                **engine_report(engine),
+                "warnings": sorted(set(built.warnings))[:8],
+            }
+            for made in sorted(Path(folder).iterdir(), key=lambda file: file == engine):  # the engine last
+                os.replace(made, path.parent / made.name)
+        return Artifact(self.format, path, path.stat().st_size, details)
+
+    def open(self, path: Path, threads: int) -> Runner:
+        """The engine on the GPU if its library and a CUDA build of torch are there; else the Q/DQ file (``proxy``)."""
+        if not path.is_file():
+            raise UserError(str(path), "there is no such engine", "Run the recipe again.")
+        engine = path.read_bytes()
+        library, version = builder_of(engine)
+        title = f"{product(library)} {version}".strip()
+        reason = _no_gpu(library)
+        if not reason:
+            try:
+                return EngineRunner(engine, LIBRARIES[library], title)
+            except RuntimeError as error:
+                reason = f"it does not load on {torch.cuda.get_device_name()}: {_first_line(error)}"
+        return _proxy(path, title, reason, threads)
+
+    def contents(self, path: Path) -> Contents:
+        """Codes that the Q/DQ file and the engine both hold; bytes by type from the engine's own listing."""
+        return engine_contents(path)
+
+    def _builder(self) -> BuilderName:
+        if self.builder != "auto":
+            return self.builder
+        return "tensorrt" if _installed("tensorrt") and gpu_name() else "tensorrt-rtx"
+
+    def _ready(self) -> BuilderName:
+        builder = self._builder()
+        if reason := self.missing():
+            raise MissingRuntime("export.tensorrt", reason, f"pip install 'transformer-compress[{builder}]'")
+        if builder == "tensorrt" and self.compute_capabilities:
+            raise UserError(
+                "export.tensorrt.compute_capabilities",
+                "TensorRT builds for the GPU in this machine",
+                "Leave compute_capabilities empty, or set `builder: tensorrt-rtx`.",
+            )
+        return builder
+
+    def _ranges(self, source: Traceable) -> dict[str, list[int]]:
+        """[minimum, optimum, maximum] of each dynamic dimension."""
+        sizes = _sizes(source)
+        known = f"It has: {', '.join(sorted(sizes))}."
+        for option, names in (("dynamic", self.dynamic), ("profile", list(self.profile))):
+            for name in names:
+                if name not in sizes:
+                    raise UserError(f"export.tensorrt.{option}", f"the model has no dimension {name!r}", known)
+                if name not in self.dynamic:
+                    hint = f"Add {name} to dynamic, or take it out of profile."
+                    raise UserError(f"export.tensorrt.{option}", f"{name} is not dynamic", hint)
+        usual = {name: [min(2, size), size, size] for name, size in sizes.items()} | {"batch": [1, 1, 16]}
+        return {name: list(self.profile.get(name, usual[name])) for name in self.dynamic}
+
+
+def _refusals(module: nn.Module) -> Iterator[str]:
+    weight: Any = module.quantized_weight
+    activation: Any = getattr(module, "activation", None)
+    grid, codes = weight.grid, torch.Size(weight.shape).numel()
+    grouped = grid.granularity == "group"
+    if not grid.symmetric:
+        yield "its weight codes are asymmetric, and TensorRT takes symmetric ones only"
+    if grouped and len(weight.shape) == 4:
+        yield "TensorRT scales a convolution's weights by channel, not by group"
+    if grouped and grid.group_size == 1:
+        yield "a group of one weight is no group to TensorRT; take 2 or more"
+    if grid.bits < 8 and codes % 2:
+        yield f"TensorRT packs INT4 codes in pairs, and its {codes} codes are an odd number"
+    if activation is None:
+        return
+    if activation.kind == "dynamic":
+        yield "its activation grid is made at run time, and TensorRT takes static scales only"
+    elif not activation.symmetric or bool((activation.zero_point != 0).any()):
+        yield "its activation codes are asymmetric, and TensorRT takes symmetric ones only"
+    if activation.bits != 8:
+        yield f"its activations have {activation.bits} bits, and TensorRT has 8-bit ones only"
+    if grouped:
+        yield "TensorRT has no kernel for group scales under quantized activations; scale by channel"
+
+
+def _profile(source: Traceable, ranges: Mapping[str, list[int]]) -> dict[str, list[list[int]]]:
+    """[minimum, optimum, maximum] shapes of each input that has a dynamic dimension."""
+    sizes = _sizes(source)
+
+    def shape(spec: TensorSpec, which: int) -> list[int]:
+        return [
+            size if isinstance(size, int) else ranges[size][which] if size in ranges else sizes[size]
+            for size in spec.shape
+        ]
+
+    return {
+        spec.name: [shape(spec, which) for which in range(3)]
+        for spec in source.signature.inputs
+        if any(size in ranges for size in spec.shape)
+    }
+
+
+def _sizes(source: Traceable) -> dict[str, int]:
+    """The named dimensions of the model's inputs, and their sizes in the example."""
+    return {
+        size: source.example[spec.name].shape[axis]
+        for spec in source.signature.inputs
+        for axis, size in enumerate(spec.shape)
+        if isinstance(size, str)
+    }
+
+
+def _no_gpu(library: str) -> str:
+    """Why an engine of this library cannot run here, or an empty string."""
+    if gpu_name() is None:
+        return "there is no NVIDIA GPU"
+    if not _installed(LIBRARIES[library]):
+        return f"{product(library)} is not installed"
+    return "" if torch.cuda.is_available() else "torch here has no CUDA"
+
+
+def _proxy(path: Path, title: str, reason: str, threads: int) -> Runner:
+    onnx = qdq_path(path)
+    if not onnx.is_file():
+        return NotRun(path, f"{reason}, and {onnx.name}, which could stand in, is gone")
+    if not _installed("onnxruntime"):
+        return NotRun(path, f"{reason}, and onnxruntime, which could run {onnx.name}, is not installed")
+    told = title if gpu_name() is None else f"{title}; {reason}"
+    try:
+        return ProxyRunner(onnx, told, threads)
+    except Exception as error:  # ONNX Runtime raises classes of its own extension module
+        return NotRun(path, f"{reason}, and ONNX Runtime cannot run {onnx.name}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
