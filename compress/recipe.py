@@ -291,6 +291,11 @@ class Recipe(Section):
     _base: Path = PrivateAttr(Path())
     _document: Document | None = PrivateAttr(None)
 
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """The recipe in a YAML file; see ``compress.recipe.read``."""
+        return read(path)
+
     @property
     def text(self) -> str:
         """The file as it was written."""
@@ -312,15 +317,19 @@ class Recipe(Section):
         return f"{self._where}:{line}:{column}"
 
 
-def read(path: str | Path) -> Recipe:
+def read(path: str | Path, *, base: Path | None = None) -> Recipe:
     """The recipe in a YAML file.
+
+    Args:
+        path: the file.
+        base: the folder that paths in the recipe are relative to (default: that of the file).
 
     Raises:
         UserError: the file cannot be read.
         RecipeError: with every fault of the file and its place.
     """
     path = Path(path)
-    return parse_recipe(read_text(path), where=str(path), base=path.parent, stem=path.stem)
+    return parse_recipe(read_text(path), where=str(path), base=path.parent if base is None else base, stem=path.stem)
 
 
 def parse_recipe(text: str, *, where: str = "recipe.yaml", base: Path = Path(), stem: str = "recipe") -> Recipe:

@@ -152,8 +152,8 @@ def parse(text: str) -> Document:
     """The document of a YAML text.
 
     Scalars follow the YAML 1.2 core schema: ``no`` and ``12:30`` are text, ``1e-3`` is a number. Refused, with the
-    place: syntax errors, duplicate keys, keys that are not text, aliases, tags, more than one document, numbers that are not
-    finite, and nesting deeper than 24.
+    place: syntax errors, duplicate keys, keys that are not text, aliases, tags, more than one document, infinite numbers,
+    and nesting deeper than 24.
     """
     document = Document(None, [])
     try:

@@ -1,0 +1,76 @@
+"""The toolkit from Python: what the commands do, returned instead of printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.recipe import ModelSpec, Recipe, read
+from compress.shipped import find_recipe
+
+if TYPE_CHECKING:
+    from compress.anatomy import Anatomy
+    from compress.progress import Progress
+    from compress.report import Report
+    from compress.sources import Source
+
+__all__ = ["apply", "inspect", "validate"]
+
+_MODEL = re.compile(r"(hf|timm|embedded):.*|.*\.py:[A-Za-z_]\w*")
+
+
+def apply(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    trust: bool = False,
+    evaluate: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Carries out a recipe: ``compress apply`` from Python.
+
+    Args:
+        recipe: a recipe, the path of its file, or the name of a shipped one.
+        out: the run folder (default: ``runs/<recipe name>`` in the working directory).
+        trust: whether Python files that the recipe names may be run.
+        evaluate: False writes and audits the files without running them on the evaluation rows.
+        progress: where to tell how far the run is (default: nowhere).
+
+    Raises:
+        UserError: what the user can change, with the place; ``MissingRuntime`` where a library is absent.
+    """
+    from compress import run
+
+    found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
+    folder = Path(out) if out is not None else Path("runs") / found.name
+    return run.apply(found, folder, trust=trust, evaluate=evaluate, progress=progress)
+
+
+def inspect(target: Recipe | str | Path, *, trust: bool = False) -> tuple[Source, Anatomy]:
+    """The model of a recipe, or a model alone (``hf:path``, ``timm:name``, ``file.py:function``), and its parts.
+
+    Raises:
+        UserError: what the user can change, with the place; ``MissingRuntime`` where a library is absent.
+    """
+    from compress.anatomy import find
+    from compress.sources import load_model
+
+    spec, base, seed = _model_of(target)
+    source = load_model(spec.source, base=base, trust=trust, task=spec.task, checkpoint=spec.checkpoint, seed=seed)
+    roles = {str(role): list(paths) for role, paths in spec.roles.items()}
+    return source, find(source.model, source.signature, source.example(), roles)
+
+
+def validate(folder: str | Path, *, trust: bool = False, progress: Progress | None = None) -> Report:
+    """Judges the files of a finished run again: ``compress validate`` from Python."""
+    from compress import validation
+
+    return validation.validate(Path(folder), trust=trust, progress=progress)
+
+
+def _model_of(target: Recipe | str | Path) -> tuple[ModelSpec, Path, int]:
+    if isinstance(target, str) and _MODEL.fullmatch(target) and not Path(target).exists():
+        return ModelSpec(source=target), Path(), 0
+    recipe = target if isinstance(target, Recipe) else read(find_recipe(str(target)))
+    return recipe.model, recipe.base, recipe.seed

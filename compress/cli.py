@@ -1,0 +1,275 @@
+"""The command line: the only place that prints or exits. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from calibrate.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from compress.progress import Progress
+    from compress.report import Report
+
+__all__ = ["app", "main"]
+
+EXIT_CODES = (
+    "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed."
+)
+
+app = typer.Typer(
+    name="compress",
+    help="One recipe turns a trained transformer into ONNX, Core ML and TensorRT files, and proves what that cost."
+    "\n\nStart with `compress apply quickstart`: a small model that ships with the package, in under a minute."
+    f"\n\n{EXIT_CODES}",
+    epilog="Every command has its own --help with examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the Python file that the recipe names (file.py:function). Read it first.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def main() -> None:
+    """The command ``compress``: a user's mistake ends in one line and an exit code, our defect in a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(str(error), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("transformer-compress"))
+        raise typer.Exit
+
+
+@app.command()
+def apply(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe (`compress recipes`).")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="The run folder; by default runs/ and the name of the recipe."),
+    ] = None,
+    trust: Trust = False,
+    no_evaluation: Annotated[
+        bool, typer.Option("--no-evaluation", help="Write and audit the files; run nothing on the evaluation rows.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the final table.")] = False,
+) -> None:
+    """Carry out a recipe: compress the model, write the files, run each one and judge it against float.
+
+    The run folder holds the recipe, the compressed model, the files and report.json. A run that misses a line of the
+    recipe's `accept` keeps its files, says which line and by how much, and exits with code 1.
+
+    **Examples**
+
+        compress apply quickstart
+        compress apply my.yaml --out runs/first
+        compress apply own-model.yaml --trust
+
+    Exit codes: 0 met; 1 a line of accept was missed; 2 a mistake in the recipe or the data (file:line:column); 3 a
+    runtime is not installed.
+    """
+    from compress import api
+
+    with _progress(quiet) as progress:
+        report = api.apply(recipe, out, trust=trust, evaluate=not no_evaluation, progress=progress)
+    _finish(report)
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE_OR_MODEL", help="A recipe, or a model: hf:path, timm:name, file.py:function."),
+    ],
+    as_json: Json = False,
+    trust: Trust = False,
+) -> None:
+    """Show the parts of a model as a tree: blocks, roles, parameters, FLOPs and bytes, and what could not be placed.
+
+    Roles are what passes and recipes speak of (attention.query, mlp.up ...). They are found from the model's own graph.
+
+    **Examples**
+
+        compress inspect quickstart
+        compress inspect hf:path/to/model --json
+        compress inspect my_model.py:build --trust
+
+    Exit codes: 0 done; 2 the model cannot be found or loaded; 3 a library is not installed.
+    """
+    from compress import api
+
+    source, anatomy = api.inspect(target, trust=trust)
+    if as_json:
+        print(json.dumps(anatomy.json(), indent=2))
+        return
+    from compress.inspection import render
+
+    _console().print(render(anatomy, source.name))
+
+
+@app.command()
+def validate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The folder of a finished run.")],
+    trust: Trust = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the final table.")] = False,
+) -> None:
+    """Open the files of a finished run again, run them and judge them; later, or on another machine.
+
+    **Examples**
+
+        compress validate runs/quickstart
+
+    Exit codes: 0 met; 1 a line of accept was missed; 2 no such run, or its files changed; 3 a runtime is not installed.
+    """
+    from compress import api
+
+    with _progress(quiet) as progress:
+        report = api.validate(folder, trust=trust, progress=progress)
+    _finish(report)
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List every pass that a recipe can name, with its options, their defaults and its source.
+
+    **Examples**
+
+        compress passes
+        compress passes --json
+
+    Exit codes: 0 done; 2 an installed package adds a pass that cannot be loaded.
+    """
+    from compress.passes import known_passes
+    from compress.shipped import options, summary
+
+    found = known_passes()
+    if as_json:
+        described = [
+            {
+                "name": name,
+                "summary": summary(entry),
+                "source": entry.source,
+                "needs_calibration": entry.needs_calibration,
+                "options": entry.model_json_schema(),
+            }
+            for name, entry in found.items()
+        ]
+        print(json.dumps(described, indent=2))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    for name, entry in found.items():
+        console.print(Text(name, style="bold"))
+        console.print(Text(summary(entry)), soft_wrap=False)
+        console.print(Text(f"Source: {entry.source}", style="dim"))
+        table = Table("option", "values", "default", "", box=None, pad_edge=False)
+        for row in options(entry):
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table, "")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, with every option of every pass and exporter, for editors and programs.
+
+    **Examples**
+
+        compress schema > recipe.schema.json
+
+    In VS Code with the YAML extension, the first line of a recipe then switches completion and checking on:
+
+        # yaml-language-server: $schema=recipe.schema.json
+    """
+    from compress.recipe import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def recipes(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the text of recipes/README.md.")] = False,
+) -> None:
+    """List the recipes that come with the package, with one line each.
+
+    **Examples**
+
+        compress recipes
+        compress apply quickstart
+    """
+    from compress.shipped import readme, recipes_folder, shipped_recipes
+
+    if markdown:
+        print(readme(), end="")
+        return
+    found = shipped_recipes()
+    width = max((len(one.name) for one in found), default=0)
+    for one in found:
+        print(f"{one.name:{width}}  {one.title}")
+    print(f"\nCopy one from {recipes_folder()} and change it, or run it by its name: compress apply NAME.")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    # A table cut to 80 columns in a log or a pipe loses figures.
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+
+
+def _progress(quiet: bool) -> Progress:
+    from compress.progress import LineProgress, LiveProgress, Progress
+
+    if quiet:
+        return Progress()
+    console = _console(stderr=True)
+    return (
+        LiveProgress(console)
+        if console.is_terminal
+        else LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
+    )
+
+
+def _finish(report: Report) -> None:
+    from compress.report import table
+
+    _console().print(table(report))
+    for limit in report.limits:
+        if not limit.met:
+            print(f"missed: {limit.line}: {limit.says}")
+    print(
+        f"{'met' if report.met else 'not met'}: the contract of the recipe"
+        if report.limits
+        else "no contract was checked"
+    )
+    print(report.folder)
+    raise typer.Exit(report.exit_code)
+
+
+if __name__ == "__main__":
+    main()

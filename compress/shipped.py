@@ -1,0 +1,145 @@
+"""The recipes that come with the package: finding them, listing them, and the text of ``recipes/README.md``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibrate.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["Shipped", "find_recipe", "options", "readme", "recipes_folder", "shipped_recipes", "summary"]
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A recipe of the package: its name, its file, and what its leading comment says."""
+
+    name: str
+    path: Path
+    comment: str
+
+    @property
+    def title(self) -> str:
+        """The first line of the comment."""
+        return self.comment.split("\n")[0]
+
+
+def recipes_folder() -> Path:
+    """The folder of the shipped recipes: in the installed package, or beside the packages in a checkout."""
+    import importlib.resources
+
+    try:
+        installed = Path(str(importlib.resources.files("compress.recipes") / "quickstart.yaml"))
+        if installed.is_file():
+            return installed.parent
+    except (ModuleNotFoundError, TypeError):
+        pass
+    return Path(__file__).resolve().parent.parent / "recipes"
+
+
+def shipped_recipes(folder: Path | None = None) -> list[Shipped]:
+    """All shipped recipes by name."""
+    folder = folder or recipes_folder()
+    return [Shipped(path.stem, path, _comment(path.read_text("utf-8"))) for path in sorted(folder.glob("*.yaml"))]
+
+
+def find_recipe(given: str) -> Path:
+    """The file of a recipe, by its path or by the name of a shipped one.
+
+    Raises:
+        UserError: there is neither; names the nearest shipped one.
+    """
+    path = Path(given)
+    names = {shipped.name: shipped.path for shipped in shipped_recipes()}
+    if path.exists() or path.is_symlink():
+        return path
+    if given in names:
+        return names[given]
+    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.5)
+    hint = f"Shipped with the package: {', '.join(names)}."
+    raise UserError(given, "no such recipe", f"Did you mean `{near[0]}`? {hint}" if near else hint)
+
+
+def readme() -> str:
+    """The text of ``recipes/README.md``: the recipes by their comments, and every option of every pass and exporter."""
+    from compress.exporters import known_exporters
+    from compress.passes import PASSES
+
+    lines = ["# Recipes", "", "This file is written by `compress recipes --markdown`; a test keeps it true.", ""]
+    lines += [
+        "`compress apply NAME` runs one by its name. To make your own, copy the nearest one and change the lines that"
+    ]
+    lines += ["its comments point at; `compress schema` gives editors the names and values of every key.", ""]
+    lines += ["| recipe | passes | files |", "|---|---|---|"]
+    shipped = shipped_recipes()
+    for one in shipped:
+        passes, exports = _steps(one.path)
+        lines.append(f"| [{one.name}]({one.path.name}) | {', '.join(passes)} | {', '.join(exports)} |")
+    for one in shipped:
+        title, _, rest = one.comment.partition("\n")
+        lines += ["", f"## {one.name}", "", title, *rest.rstrip().split("\n")]
+    lines += ["", "# Passes", "", *_sections({entry.name: entry for entry in PASSES})]
+    lines += ["", "# Exporters", "", *_sections(known_exporters())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def options(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """Name, allowed values, default and description of every option of a pass or exporter."""
+    from compress.faults import allowed
+
+    schema = model.model_json_schema()
+    made = []
+    for name, field in schema.get("properties", {}).items():
+        default = "required" if name in schema.get("required", []) else _yaml(field.get("default"))
+        description = " ".join(str(field.get("description", "")).split())
+        made.append((name, allowed(schema, [name]), default, description))
+    return made
+
+
+def summary(model: type[BaseModel]) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+def _sections(choices: Mapping[str, type[BaseModel]]) -> Iterable[str]:
+    for number, (name, choice) in enumerate(choices.items()):
+        yield from [""] if number else []
+        yield from (f"## `{name}`", "", summary(choice))
+        if source := getattr(choice, "source", ""):
+            yield from ("", f"Source: {source}")
+        rows = options(choice)
+        if rows:
+            yield from ("", "| option | values | default | |", "|---|---|---|---|")
+        for row in rows:
+            cells = (f"`{row[0]}`", *(cell.replace("|", "\\|") for cell in row[1:]))
+            yield f"| {' | '.join(cells)} |"
+
+
+def _steps(path: Path) -> tuple[list[str], list[str]]:
+    from compress.recipe import read
+
+    recipe = read(path)
+    return [step.name for step in recipe.passes], [exporter.format for exporter in recipe.export]
+
+
+def _comment(text: str) -> str:
+    lines = []
+    for line in text.split("\n"):
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines)
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(_yaml(item) for item in value)}]" if isinstance(value, list | tuple) else str(value)
