@@ -1,0 +1,8 @@
+"""What a transformer's parts are, found from its own graph: no table of class names, no table of families."""
+
+from __future__ import annotations
+
+from compress.anatomy.finding import find
+from compress.anatomy.parts import ROLES, Anatomy, Block, Kind, Site
+
+__all__ = ["ROLES", "Anatomy", "Block", "Kind", "Site", "find"]

@@ -1,0 +1,41 @@
+"""Residual joins: adds of a hidden state and of what was computed from it."""
+
+from __future__ import annotations
+
+from compress.anatomy.flow import Flow
+
+__all__ = ["find_joins"]
+
+_ADDS = frozenset({"add", "addcmul"})
+
+
+def find_joins(flow: Flow, cores: set[int]) -> set[int]:
+    """Adds in which one side is an earlier hidden state, only moved about, and the other came from it through a weight.
+
+    Sums of parallel branches (attention and MLP of GPT-J), positions added to tokens, and the two halves of a rotary
+    embedding are not joins: no side of theirs is the source of the other.
+    """
+    work = flow.projection_bits | sum(1 << index for index in cores | set(flow.norms))
+    return {step.index for step in flow.steps if step.op in _ADDS and step.live and _joins(flow, step.index, work)}
+
+
+def _joins(flow: Flow, index: int, work: int) -> bool:
+    sides = [source for source in flow.steps[index].inputs if flow.steps[source].live]
+    if len(sides) != 2:
+        return False
+    return any(
+        _is_source(flow, skip, branch, work) for skip, branch in ((sides[0], sides[1]), (sides[1], sides[0]))
+    )
+
+
+def _is_source(flow: Flow, skip: int, branch: int, work: int) -> bool:
+    """Whether ``branch`` was computed, through a step of ``work``, from what ``skip`` still is."""
+    moved, queue = {skip}, [skip]
+    while queue:
+        step = queue.pop()
+        if flow.is_layout(step):
+            fresh = [source for source in flow.sources(step) if source not in moved]
+            moved.update(fresh)
+            queue.extend(fresh)
+    before = flow.before[branch] | 1 << branch
+    return any(flow.after[source] & before & work for source in moved if before >> source & 1)
