@@ -21,7 +21,7 @@ from calibrate.inventory import difference, inventory
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.anatomy import Anatomy, find
-from compress.datasets import Data, load_data
+from compress.inputs import Data, load_data
 from compress.judgement import Judge, unjudged, verdict
 from compress.passes.contract import Context, Pass, evaluating
 from compress.progress import Progress

@@ -114,7 +114,7 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
 
 def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: Progress) -> tuple[Judge, list[Row], str]:
     """A judge with its references, on all evaluation rows where they can be reached, else on the kept ones."""
-    from compress.datasets import load_data
+    from compress.inputs import load_data
     from compress.sources import load_model
 
     def made(rows: Any, metric: Any, metric_name: str, batch_size: int) -> Judge:
@@ -157,7 +157,7 @@ def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: P
 def _kept(folder: Path, made: Any) -> tuple[Judge, list[Row]]:
     from safetensors import safe_open
 
-    from calibrate.metrics import by_name
+    from calibrate.metrics import metric as metric_named
 
     path = folder / _FILE
     if not path.is_file():
@@ -168,7 +168,7 @@ def _kept(folder: Path, made: Any) -> tuple[Judge, list[Row]]:
     before = report.read(folder)
     name = before.rows[0].metric.name if before.rows[0].metric else ""
     inputs = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
-    judge = made(KeptRows(inputs, tensors.get("labels"), group), by_name(name) if name else None, name, 16)
+    judge = made(KeptRows(inputs, tensors.get("labels"), group), metric_named(name) if name else None, name, 16)
     rows = [judge.float_row(_Replay(tensors["float"]), before.rows[0].size_bytes or 0)]
     size = manifest.size_bytes(folder / "model.safetensors")
     rows.append(judge.compressed(_Replay(tensors["compressed"]), size))
