@@ -1,4 +1,4 @@
-"""What a saved Core ML package stores, read back from disk: the codes of each site, bytes by element type, float weights."""
+"""What a saved Core ML package stores, read back from disk: codes of each site, bytes by element type, float weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from calibrate.errors import UserError
 from export.contract import Contents
-from export.mil_package import Op, Package, Stored, unpack_bits
+from export.mil_package import BITS, Op, Package, Stored, unpack_bits
 
 __all__ = ["CODES", "PARAMETERS", "codes_of", "infinite", "read_contents"]
 
@@ -37,9 +37,11 @@ def read_contents(path: Path) -> Contents:
     codes: dict[str, np.ndarray[Any, Any]] = {}
     for name, sites in json.loads(package.metadata[CODES]).items():
         if name not in ops:
-            raise UserError(str(path), f"the weight {name} of {', '.join(sites)} is not in the program", "Write it again.")
+            raise UserError(
+                str(path), f"the weight {name} of {', '.join(sites)} is not in the program", "Write it again."
+            )
         for site in sites:
-            codes[site] = codes_of(ops[name], ops, constants)
+            codes[site] = codes_of(ops[name], constants)
     return Contents(_bytes_by_dtype(package), codes, tuple(_float_layers(package, constants)))
 
 
@@ -49,7 +51,7 @@ def _constant(op: Op) -> Stored:
     return stored
 
 
-def codes_of(op: Op, ops: Mapping[str, Op], constants: Mapping[str, Stored]) -> np.ndarray[Any, Any]:
+def codes_of(op: Op, constants: Mapping[str, Stored]) -> np.ndarray[Any, Any]:
     """Signed codes (int8) in the weight's shape of the operation that makes a dense weight."""
 
     def argument(of: Op, name: str) -> Any:
@@ -58,15 +60,12 @@ def codes_of(op: Op, ops: Mapping[str, Op], constants: Mapping[str, Stored]) -> 
 
     shape = op.outputs[0][1].shape
     if op.kind == "constexpr_blockwise_shift_scale":
-        data = argument(op, "data")
-        if isinstance(data, str):
-            return codes_of(ops[data], ops, constants)
-        return np.array(data.value, np.int8)
+        return np.array(argument(op, "data").value, np.int8)
     if op.kind == "constexpr_affine_dequantize":
         return np.array(argument(op, "quantized_data").value, np.int8)
     if op.kind == "constexpr_lut_to_dense":
         indices, lut = argument(op, "indices"), argument(op, "lut")
-        levels = int(lut.type.shape[-2] if "shape" not in op.inputs else lut.size)
+        levels = int(lut.size) if "shape" in op.inputs else 2 ** BITS.get(indices.type.dtype, 8)
         values = indices.value
         if "shape" in op.inputs:
             sizes = [int(size or 0) for size in shape]
@@ -95,13 +94,23 @@ def _bytes_by_dtype(package: Package) -> dict[str, int]:
 def _float_layers(package: Package, constants: Mapping[str, Stored]) -> list[str]:
     """Float constants with two dimensions or more that an operation multiplies by or looks up."""
     paths = json.loads(package.metadata.get(PARAMETERS, "{}"))
-    arguments = {"linear": ("weight",), "conv": ("weight",), "matmul": ("x", "y"), "gather": ("x",), "conv_transpose": ("weight",)}
+    arguments = {
+        "linear": ("weight",),
+        "conv": ("weight",),
+        "matmul": ("x", "y"),
+        "gather": ("x",),
+        "conv_transpose": ("weight",),
+    }
     found: dict[str, None] = {}
     for op in package.ops:
         for name in arguments.get(op.kind, ()):
             given = op.inputs[name][0]
             stored = constants.get(given) if isinstance(given, str) else None
-            if stored is not None and stored.type.dtype in _FLOATS and sum(size != 1 for size in stored.type.shape) >= 2:
+            if (
+                stored is not None
+                and stored.type.dtype in _FLOATS
+                and sum(size != 1 for size in stored.type.shape) >= 2
+            ):
                 found[str(paths.get(given, given))] = None
     return list(found)
 

@@ -1,6 +1,7 @@
 """Teaches coremltools what it lacks, for the duration of one conversion: our carrier ops, and a few plain torch ops.
 
-Everything here is undone when the conversion ends: the registry of converters and the patched functions are those of before.
+Everything here is undone when the conversion ends: the registry of converters and the patched functions are those of
+before.
 """
 
 from __future__ import annotations
@@ -22,11 +23,34 @@ from export.coreml_weights import Target, Weight
 __all__ = ["Carrier", "conversion", "decomposed", "finite"]
 
 # Kept whole instead of decomposed: Core ML has the operation, or coremltools' converter of it gives a smaller program.
-_KEPT = (
-    "linear layer_norm native_layer_norm gelu _softmax softmax.int silu relu matmul conv2d conv2d.padding expand "
-    "scaled_dot_product_attention roll adaptive_avg_pool1d adaptive_avg_pool2d upsample_bilinear2d.vec pixel_shuffle "
-    "hardswish hardsigmoid leaky_relu elu hardtanh prelu softplus mish"
-).split()
+_KEPT = [
+    "linear",
+    "layer_norm",
+    "native_layer_norm",
+    "gelu",
+    "_softmax",
+    "softmax.int",
+    "silu",
+    "relu",
+    "matmul",
+    "conv2d",
+    "conv2d.padding",
+    "expand",
+    "scaled_dot_product_attention",
+    "roll",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "upsample_bilinear2d.vec",
+    "pixel_shuffle",
+    "hardswish",
+    "hardsigmoid",
+    "leaky_relu",
+    "elu",
+    "hardtanh",
+    "prelu",
+    "softplus",
+    "mish",
+]
 
 _MASK = 1e30
 """A constant beyond it means minus (or plus) infinity: no trained weight is that large."""
@@ -44,7 +68,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 
 
 def finite(program: ExportedProgram, half: bool) -> ExportedProgram:
-    """Replaces the infinities of attention masks by finite numbers, in place: Core ML's float16 has no room for -3.4e38.
+    """Replaces the infinities of attention masks by finite numbers: Core ML's float16 has no room for -3.4e38.
 
     In float16 every constant below -65504 becomes -3e4, so that two masks can be added without an overflow; in float32
     what is beyond 1e30 becomes 1e30 with its sign.
@@ -75,7 +99,9 @@ def _finite_tensor(value: Tensor, half: bool) -> Tensor:
     if low >= (-65504 if half else -_MASK) and high < _MASK:
         return value
     limit = 3e4 if half else _MASK
-    changed = torch.where(value >= _MASK, limit, torch.where(value < (-65504 if half else -_MASK), -limit, value.detach()))
+    changed = torch.where(
+        value >= _MASK, limit, torch.where(value < (-65504 if half else -_MASK), -limit, value.detach())
+    )
     return torch.nn.Parameter(changed, requires_grad=False) if isinstance(value, torch.nn.Parameter) else changed
 
 
@@ -137,7 +163,9 @@ class Carrier:
 
         x, scale, shift, bits = _inputs(context, node)
         if int(bits.val) != 8 or self.target == "iOS16":
-            raise UserError("", f"Core ML {self.target} cannot round activations to {int(bits.val)} bits", "Use 8, iOS17.")
+            raise UserError(
+                "", f"Core ML {self.target} cannot round activations to {int(bits.val)} bits", "Use 8, iOS17."
+            )
         step, zero = np.float32(np.asarray(scale.val).item()), np.int8(np.asarray(shift.val).item())
         arguments = {"scale": step} if zero == 0 else {"scale": step, "zero_point": zero}
         codes = mb.quantize(input=x, output_dtype="int8", **arguments)
@@ -178,7 +206,7 @@ def _scalar(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _overflows(op: Any) -> bool:
-    """Whether a constant of the operation is beyond float16: what coremltools asks of every operation, without a copy."""
+    """Whether a constant of the operation is beyond float16: what coremltools asks of every operation, but fast."""
     for given in op.inputs.values():
         for variable in given if isinstance(given, list | tuple) else [given]:
             made_by = getattr(variable, "op", None)

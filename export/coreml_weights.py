@@ -1,10 +1,10 @@
-"""How Core ML stores integer codes: which of its compressed forms holds a weight exactly, and the operations that build it.
+"""How Core ML stores integer codes: which of its compressed forms holds a weight exactly, and the operations of it.
 
 | codes | iOS 18 | iOS 16, 17 |
 |---|---|---|
-| 8 bits | int8 + ``constexpr_blockwise_shift_scale`` | int8 + ``constexpr_affine_dequantize`` (per tensor, per channel) |
-| 4 bits | int4 + ``constexpr_blockwise_shift_scale`` | packed indices + ``constexpr_lut_to_dense`` (per tensor) |
-| 2 bits | uint2 indices + ``constexpr_lut_to_dense``; per group the table is int8 and a ``shift_scale`` follows | as 4 bits |
+| 8 bits | int8, ``constexpr_blockwise_shift_scale`` | int8, ``constexpr_affine_dequantize``: per tensor, per channel |
+| 4 bits | int4, ``constexpr_blockwise_shift_scale`` | packed indices, ``constexpr_lut_to_dense``: per tensor |
+| 2 bits | uint2 indices, ``constexpr_lut_to_dense`` (per group its table is int8 and scaled) | as 4 bits |
 
 An index of a table is ``code + 2**(bits-1)``.
 """
@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Weight:
-    """Signed codes (int8) in the weight's own shape; scale float32 [O, G] or [1, 1]; zero point int8, the same shape, or None."""
+    """Signed codes (int8) in the weight's own shape; scale (float32) and zero point (int8 or None) [O, G] or [1, 1]."""
 
     codes: Array
     scale: Array
@@ -34,7 +34,9 @@ class Weight:
 
     def key(self) -> str:
         """Equal for equal weights only."""
-        content = hashlib.sha256(repr((self.bits, self.codes.shape, self.scale.shape, self.zero_point is None)).encode())
+        content = hashlib.sha256(
+            repr((self.bits, self.codes.shape, self.scale.shape, self.zero_point is None)).encode()
+        )
         for part in (self.codes, self.scale, self.zero_point):
             content.update(b"" if part is None else np.ascontiguousarray(part).data)
         return content.hexdigest()
@@ -51,19 +53,19 @@ class Weight:
         if target != "iOS18":
             return self._affine(name) if self.bits == 8 else self._packed_table(name)
         if self.bits == 2:
-            return self._table(name) if self.scale.shape[1] == 1 else self._table_then_scale(name)
-        return self._shift_scale(_narrow(self.codes, self.bits), name)
+            return self._table(name) if self.scale.shape[1] == 1 else self._table_of_codes(name)
+        return self._shift_scale(name)
 
-    def _shift_scale(self, data: Any, name: str) -> Any:
+    def _shift_scale(self, name: str) -> Any:
         from coremltools.converters.mil.mil import Builder as mb
 
         counts = block_counts(self.codes.shape, self.scale.shape)
         assert counts is not None
-        offset = None
-        if self.zero_point is not None:
-            offset = _narrow(self.zero_point.reshape(counts), 8 if self.bits == 2 else self.bits)
         return mb.constexpr_blockwise_shift_scale(
-            data=data, scale=self.scale.reshape(counts), offset=offset, name=name
+            data=_narrow(self.codes, self.bits),
+            scale=self.scale.reshape(counts),
+            offset=None if self.zero_point is None else _narrow(self.zero_point.reshape(counts), self.bits),
+            name=name,
         )
 
     def _table(self, name: str) -> Any:
@@ -72,12 +74,18 @@ class Weight:
         lut = self._levels().reshape(self.scale.shape[0], *[1] * (self.codes.ndim - 1), 4, 1)
         return mb.constexpr_lut_to_dense(indices=self._indices(), lut=lut, name=name)
 
-    def _table_then_scale(self, name: str) -> Any:
+    def _table_of_codes(self, name: str) -> Any:
+        """One table of the four codes a group, scaled by a ``shift_scale``: the order that systems before iOS 26 need."""
         from coremltools.converters.mil.mil import Builder as mb
 
-        lut = np.arange(-2, 2, dtype=np.int8).reshape(*[1] * self.codes.ndim, 4, 1)
-        data = mb.constexpr_lut_to_dense(indices=self._indices(), lut=lut, name=f"{name}_levels")
-        return self._shift_scale(data, name)
+        counts = block_counts(self.codes.shape, self.scale.shape)
+        assert counts is not None
+        levels = np.broadcast_to(np.arange(-2, 2, dtype=np.int8)[:, None], (*counts, 4, 1))
+        offset = None if self.zero_point is None else self.zero_point.reshape(*counts, 1, 1)
+        lut = mb.constexpr_blockwise_shift_scale(
+            data=np.array(levels), scale=self.scale.reshape(*counts, 1, 1), offset=offset, name=f"{name}_table"
+        )
+        return mb.constexpr_lut_to_dense(indices=self._indices(), lut=lut, name=name)
 
     def _affine(self, name: str) -> Any:
         from coremltools.converters.mil.mil import Builder as mb
@@ -124,7 +132,7 @@ def _narrow(codes: Array, bits: int) -> Array:
 
 
 def block_counts(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
-    """How many scales a weight has along each dimension: [O, G] scales over the flattened inputs, as blocks of the weight.
+    """How many scales a weight has along each dimension: [O, G] scales over the flattened inputs, as its blocks.
 
     None where a group of inputs is no box of the weight (a convolution whose group cuts a kernel unevenly).
     """
@@ -148,10 +156,14 @@ def refusal(target: Target, bits: int, shape: tuple[int, ...], scales: tuple[int
     """Why the target cannot store codes of these bits, weight shape and scale shape; None where it can."""
     if target == "iOS18":
         if block_counts(shape, scales) is None:
-            return "a group of inputs cuts the convolution kernel unevenly; choose a group size that is a multiple of it"
+            return (
+                "a group of inputs cuts the convolution kernel unevenly; choose a group size that is a multiple of it"
+            )
         return None
     if scales[1] > 1:
         return f"{target} has no scale per group of inputs; use target iOS18 or granularity channel"
     if bits != 8 and scales[0] > 1:
-        return f"{target} stores {bits}-bit codes only with one scale per tensor; use target iOS18 or granularity tensor"
+        return (
+            f"{target} stores {bits}-bit codes only with one scale per tensor; use target iOS18 or granularity tensor"
+        )
     return None

@@ -1,8 +1,8 @@
 """Runs a saved Core ML program op by op with torch, on any machine.
 
-Core ML itself runs only on Apple's systems. This interpreter reads the saved package, not the model that it was made from,
-so it answers whether the file computes what it should. A float16 program is computed in float32 and every result is rounded to
-float16; an Apple device accumulates differently, so results agree within a tolerance, not bit for bit.
+Core ML itself runs only on Apple's systems. This interpreter reads the saved package, not the model that it was made
+from, so it answers whether the file computes what it should. A float16 program is computed in float32 and every result is
+rounded to float16; an Apple device accumulates differently, so results agree within a tolerance, not bit for bit.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from export.mil_package import MilType, Op, Package, Stored
 __all__ = ["Program", "UnknownOp"]
 
 # Integers other than bytes are computed in int64; floats in float32.
-_RUN = {"float16": torch.float32, "float32": torch.float32, "bool": torch.bool, "int8": torch.int8, "uint8": torch.uint8,
-        "int4": torch.int8, "uint4": torch.uint8, "uint2": torch.uint8, "uint1": torch.uint8, "uint3": torch.uint8,
+_RUN = {"float16": torch.float32, "float32": torch.float32, "bool": torch.bool,
+        "int8": torch.int8, "uint8": torch.uint8, "int4": torch.int8, "uint4": torch.uint8, "uint2": torch.uint8, "uint1": torch.uint8, "uint3": torch.uint8,
         "uint6": torch.uint8, "int16": torch.int64, "uint16": torch.int64, "int32": torch.int64, "uint32": torch.int64,
         "int64": torch.int64}  # fmt: skip
 
@@ -48,7 +48,7 @@ class _Step:
 class Program:
     """The main function of a saved package, ready to be run.
 
-    Constants and compressed weights are decoded when it is loaded, and operations that depend on constants only are done then.
+    Constants and compressed weights are decoded when it is loaded, and what depends on constants only is computed then.
 
     Raises:
         UnknownOp: the program has an operation without a kernel (names the operation).
@@ -80,12 +80,14 @@ class Program:
 
         Raises:
             UserError: an input is missing or its shape is not what the program takes.
-            AssertionError: an operation gave another type or shape than the program states: a defect of the interpreter.
+            AssertionError: an operation gave another type or shape than the program states: our defect.
         """
         values: dict[str, Any] = {}
         for name, kind in self.package.inputs.items():
             if name not in inputs:
-                raise UserError(str(self.package.path), f"input {name!r} is missing", f"It takes {', '.join(self.types)}.")
+                raise UserError(
+                    str(self.package.path), f"input {name!r} is missing", f"It takes {', '.join(self.types)}."
+                )
             if not kind.admits(tuple(inputs[name].shape)):
                 what = f"input {name!r} is {list(inputs[name].shape)}, the program takes {list(kind.shape)}"
                 raise UserError(str(self.package.path), what, "Give the shape it was written for, or write it again.")
@@ -130,7 +132,8 @@ class Program:
         waiting: dict[str, tuple[str | Tensor, ...]] = {}
         for name, parts in op.inputs.items():
             found = [
-                _decode(part, part.type) if isinstance(part, Stored) else self.constants.get(part, part) for part in parts
+                _decode(part, part.type) if isinstance(part, Stored) else self.constants.get(part, part)
+                for part in parts
             ]
             pending = any(isinstance(a, str) and a is b for a, b in zip(found, parts, strict=True))
             if pending:

@@ -1,7 +1,7 @@
 """MIL operations that make a dense weight out of compressed constants, in torch.
 
-Source: the op definitions of coremltools (iOS 16: ``constexpr_ops.py``, iOS 18: ``compression.py``). Compressed data come as
-int8 or uint8 tensors, one element for each code.
+Source: the op definitions of coremltools (iOS 16: ``constexpr_ops.py``, iOS 18: ``compression.py``). Compressed data come
+as int8 or uint8 tensors, one element for each code.
 """
 
 from __future__ import annotations

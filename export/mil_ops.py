@@ -1,7 +1,7 @@
 """What each MIL operation computes, in torch: one small function an operation, by its name in the program.
 
-A kernel gets the arguments by their MIL names (tensors, lists of tensors, strings) and returns one tensor or a tuple. Floats
-are float32 tensors whatever the program says: the interpreter rounds results to float16 where the program is float16.
+A kernel gets the arguments by their MIL names (tensors, lists of tensors, strings) and returns one tensor or a tuple.
+Floats are float32 tensors whatever the program says: the interpreter rounds results to float16 where the program is float16.
 Source: the op definitions of coremltools (``converters/mil/mil/ops/defs``) and Apple's MIL reference.
 """
 
@@ -51,7 +51,7 @@ def _real_div(x: Tensor, y: Tensor) -> Tensor:
     return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
 
 
-def _cast(args: Args) -> Tensor:
+def _cast(args: Args) -> Any:
     x, to = args["x"], args["dtype"]
     if to in ("fp16", "fp32"):
         return x.float()
@@ -133,7 +133,14 @@ def _layer_norm(args: Args) -> Tensor:
 
 def _batch_norm(args: Args) -> Tensor:
     return F.batch_norm(
-        args["x"], args["mean"], args["variance"], args.get("gamma"), args.get("beta"), False, 0.0, _number(args, "epsilon", 1e-5)
+        args["x"],
+        args["mean"],
+        args["variance"],
+        args.get("gamma"),
+        args.get("beta"),
+        False,
+        0.0,
+        _number(args, "epsilon", 1e-5),
     )
 
 
@@ -149,7 +156,9 @@ def _l2_norm(args: Args) -> Tensor:
     return x * torch.rsqrt(squares + _number(args, "epsilon", 1e-6))
 
 
-def _padding(args: Args, sizes: Sequence[int], kernel: Sequence[int], strides: list[int], dilations: list[int]) -> list[int]:
+def _padding(
+    args: Args, sizes: Sequence[int], kernel: Sequence[int], strides: list[int], dilations: list[int]
+) -> list[int]:
     """Amounts before and after each spatial dimension, first dimension first."""
     kind = args.get("pad_type", "valid")
     if kind == "valid":
@@ -545,8 +554,39 @@ KERNELS: dict[str, Kernel] = {
 """MIL operation -> what computes it."""
 
 EXACT = frozenset(
-    "reshape reshape_like expand_dims squeeze transpose tile reverse concat stack split slice_by_index slice_by_size gather "
-    "gather_nd gather_along_axis select relu maximum minimum shape identity pad pixel_shuffle max_pool reduce_max reduce_min "
-    "abs sign band_part const constexpr_lut_to_dense constexpr_sparse_to_dense".split()
+    [
+        "reshape",
+        "reshape_like",
+        "expand_dims",
+        "squeeze",
+        "transpose",
+        "tile",
+        "reverse",
+        "concat",
+        "stack",
+        "split",
+        "slice_by_index",
+        "slice_by_size",
+        "gather",
+        "gather_nd",
+        "gather_along_axis",
+        "select",
+        "relu",
+        "maximum",
+        "minimum",
+        "shape",
+        "identity",
+        "pad",
+        "pixel_shuffle",
+        "max_pool",
+        "reduce_max",
+        "reduce_min",
+        "abs",
+        "sign",
+        "band_part",
+        "const",
+        "constexpr_lut_to_dense",
+        "constexpr_sparse_to_dense",
+    ]
 )
 """Operations whose result needs no rounding: they only move, choose or negate elements."""

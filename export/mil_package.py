@@ -1,4 +1,4 @@
-"""Reads a saved Core ML package: its description, its program as plain operations, and the tensors of its weight file."""
+"""Reads a saved Core ML package: its description, its program as plain operations, and the tensors of its weights."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _SENTINEL = 0xDEADBEEF
 
 # Element types of a MIL program: number in the file -> name. Numbers from the public MIL.proto of coremltools.
 DTYPES = {
-    1: "bool", 2: "string", 10: "float16", 11: "float32", 12: "float64", 21: "int8", 22: "int16", 23: "int32", 24: "int64",
-    25: "int4", 31: "uint8", 32: "uint16", 33: "uint32", 34: "uint64", 35: "uint4", 36: "uint2", 37: "uint1", 38: "uint6",
-    39: "uint3",
+    1: "bool", 2: "string", 10: "float16", 11: "float32", 12: "float64", 21: "int8", 22: "int16", 23: "int32",
+    24: "int64", 25: "int4", 31: "uint8", 32: "uint16", 33: "uint32", 34: "uint64", 35: "uint4", 36: "uint2", 37: "uint1",
+    38: "uint6", 39: "uint3",
 }  # fmt: skip
 BITS = {"int4": 4, "uint4": 4, "uint2": 2, "uint1": 1, "uint6": 6, "uint3": 3}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences coremltools (log lines at import, warnings, progress bars) without touching the streams of the process."""
+    """Silences coremltools (log lines at import, warnings) without touching the streams of the process."""
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -167,7 +167,7 @@ class Package:
     def blob(self, offset: int) -> tuple[str, Array]:
         """Element type and bytes of one tensor of the weight file.
 
-        Its record is 64 bytes: the marker, the type (numbered apart from the program's), the size and the place of the data.
+        Its record is 64 bytes: a marker, the type (numbered apart from the program's), size and place of the data.
 
         Raises:
             UserError: the file is cut short, or there is no tensor at this place.
@@ -192,7 +192,10 @@ class Package:
                 binding.name if binding.WhichOneof("binding") == "name" else self._stored(binding.value)
                 for binding in argument.arguments
             )
-        for name, value in message.attributes.items():  # the value of a const, and the arguments of iOS 16's constexpr ops
+        for (
+            name,
+            value,
+        ) in message.attributes.items():  # the value of a const, and the arguments of iOS 16's constexpr ops
             if name != "name" and name not in inputs:
                 inputs[name] = (self._stored(value),)
         if message.blocks:

@@ -19,10 +19,10 @@ from torch.export import ExportedProgram
 
 from calibrate.errors import UserError
 from calibrate.signature import Batch, raw_path
+from export.contract import Artifact, Contents, Exporter, Runner, Validation
 from export.coreml_contents import CODES, PARAMETERS, infinite, read_contents
 from export.coreml_ops import Carrier, conversion, decomposed, finite
 from export.coreml_weights import Target, refusal
-from export.contract import Artifact, Contents, Exporter, Runner, Validation
 from export.graph import Traceable
 from export.mil_package import MODEL, Package, coremltools, package_files, quiet
 
@@ -38,9 +38,10 @@ _LEFT_OUT = {"common::add_int16_cast", "common::merge_affine_dequantize_with_con
 class CoreMLExporter(Exporter):
     """A Core ML package: an ML program in float16 or float32 around weights in Core ML's compressed storage.
 
-    ``shapes``: ``fixed`` writes the sizes of the example; a list of ``{dimension: size}`` allows exactly those sizes (the first
-    is the default); ``{dimension: [lowest, highest]}`` allows a range. Dimensions are those of the signature (``batch``,
-    ``tokens``); what is not named stays fixed. In a float16 program scales are rounded to float16 too; codes never change.
+    ``shapes``: ``fixed`` writes the sizes of the example; a list of ``{dimension: size}`` allows exactly those sizes (the
+    first is the default); ``{dimension: [lowest, highest]}`` allows a range. Dimensions are those of the signature
+    (``batch``, ``tokens``); what is not named stays fixed. In a float16 program scales are rounded to float16 too; codes
+    never change.
     """
 
     format: ClassVar[str] = "coreml"
@@ -105,7 +106,7 @@ class CoreMLExporter(Exporter):
         return Artifact(self.format, path, sum(file.stat().st_size for file in package_files(path)), details)
 
     def open(self, path: Path, threads: int) -> Runner:
-        """Core ML itself on macOS, the interpreter elsewhere; ``threads`` is what torch may use (Core ML chooses its own)."""
+        """Core ML itself on macOS, the interpreter elsewhere; ``threads`` is for torch (Core ML chooses its own)."""
         return _CoreML(path) if sys.platform == "darwin" else _Interpreted(path, threads)
 
     def contents(self, path: Path) -> Contents:
@@ -133,7 +134,9 @@ class CoreMLExporter(Exporter):
                     )
             except NotImplementedError as error:
                 line = str(error).strip().splitlines()[0]
-                raise UserError(source.name, f"Core ML cannot express this model: {line}", "Rewrite that operation.") from error
+                raise UserError(
+                    source.name, f"Core ML cannot express this model: {line}", "Rewrite that operation."
+                ) from error
         return carrier, program
 
     def _traced(self, source: Traceable) -> ExportedProgram:
@@ -168,7 +171,9 @@ class CoreMLExporter(Exporter):
             actual = example[spec.name].shape
             shape = [dims.get(str(size), int(actual[axis])) for axis, size in enumerate(spec.shape)]
             if spec.dtype == torch.bool:
-                raise UserError(spec.name, "Core ML takes no boolean inputs", "Take an integer mask and compare in forward.")
+                raise UserError(
+                    spec.name, "Core ML takes no boolean inputs", "Take an integer mask and compare in forward."
+                )
             kind = np.float32 if spec.dtype.is_floating_point else np.int32
             types.append(ct.TensorType(name=spec.name, shape=shape, dtype=kind))
         return types
@@ -185,13 +190,15 @@ class CoreMLExporter(Exporter):
         return int(given) if sizes[0] <= given <= sizes[1] else sizes[1]
 
     def _check_shapes(self, source: Traceable) -> None:
-        """Raises ``UserError`` for dimensions that the signature lacks, bounds in the wrong order, and what the target lacks."""
+        """Raises ``UserError`` for unknown dimensions, empty ranges, and what the target lacks."""
         known = {size for spec in source.signature.inputs for size in spec.shape if isinstance(size, str)}
         named = [] if self.shapes == "fixed" else [self.shapes] if isinstance(self.shapes, dict) else self.shapes
         for sizes in named:
             for name, bounds in sizes.items():
                 if name not in known:
-                    raise UserError("shapes", f"there is no dimension {name!r}", f"There is: {', '.join(sorted(known))}.")
+                    raise UserError(
+                        "shapes", f"there is no dimension {name!r}", f"There is: {', '.join(sorted(known))}."
+                    )
                 if isinstance(bounds, list) and bounds[0] > bounds[1]:
                     raise UserError("shapes", f"{name}: {bounds} is empty", "Give [lowest, highest].")
         if isinstance(self.shapes, list):
@@ -304,7 +311,7 @@ def _code_names(package: Package, carrier: Carrier, model: nn.Module) -> dict[st
     saved = [op.name for op in package.ops if op.kind.startswith("constexpr_")]
     found: dict[str, list[str]] = {}
     for name, buffers in carrier.names.items():
-        kept = [op for op in saved if (op == name or op.startswith(f"{name}_")) and not op.startswith(f"{name}_levels")]
+        kept = [op for op in saved if (op == name or op.startswith(f"{name}_")) and not op.startswith(f"{name}_table")]
         if len(kept) != 1:
             raise RuntimeError(f"{buffers}: {len(kept)} operations of the program hold its codes: {kept}")
         sites = (site for buffer in buffers for site in aliases.get(_site(buffer), [_site(buffer)]))
