@@ -62,9 +62,11 @@ class Encoder(ABC):
     """Raw cells to named model inputs.
 
     ``group``: how many rows of the batch one row of data becomes (2 for sentence pairs: a0, b0, a1, b1 ...).
+    ``ragged``: whether rows differ in how much of them is padding.
     """
 
     group: int = 1
+    ragged: bool = False
 
     @abstractmethod
     def encode(self, items: Sequence[Item], places: Sequence[str]) -> Batch:

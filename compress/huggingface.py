@@ -51,15 +51,15 @@ class Tokenizer:
     names: tuple[str, ...]
     fingerprint: str
 
-    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int) -> tuple[Batch, int]:
-        """Named int64 tensors [B, tokens], padded or cut to ``tokens``, and how many of the texts were cut."""
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int) -> tuple[Batch, list[bool]]:
+        """Named int64 tensors [B, tokens], padded or cut to ``tokens``, and for each text whether it was cut."""
         second = {} if pairs is None else {"text_pair": list(pairs)}
         encoded = self.raw(list(texts), **second, padding="max_length", truncation=True, max_length=tokens)
         batch = {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.names}
         if encoded.encodings:
-            return batch, sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+            return batch, [bool(encoding.overflowing) for encoding in encoded.encodings]
         whole = self.raw(list(texts), **second, padding=False, truncation=False)["input_ids"]
-        return batch, sum(len(ids) > tokens for ids in whole)
+        return batch, [len(ids) > tokens for ids in whole]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a running text, without special tokens."""

@@ -1,0 +1,135 @@
+"""Arrays: npz files with one array for each model input, and ``labels``; rows are read from the archive one by one."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from calibrate.data import Encoder, Item, Table
+from calibrate.errors import UserError
+from calibrate.signature import Batch
+from calibrate.text import missing_column
+
+__all__ = ["ArrayEncoder", "Npz"]
+
+
+class Npz(Table):
+    """Arrays of an npz file by name, first dimension the rows. Nothing is unpickled, and only ``labels`` is kept."""
+
+    format = "arrays"
+
+    def __init__(self, path: Path, name: str, inputs: Sequence[str], label: str | None = "labels") -> None:
+        """``label`` is the array with the labels; one that does not exist means no labels.
+
+        Raises:
+            UserError: not an npz file, an array missing, of objects, or of another length.
+        """
+        self.path, self.name, self._inputs = path, name, list(inputs)
+        members = self._members()
+        for wanted in self._inputs:
+            if wanted not in members:
+                raise missing_column(name, wanted, sorted(members)) from None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype[Any]] = {}
+        labelled = label is not None and label in members
+        for key in [*self._inputs, *([label] if labelled and label else [])]:
+            with self._stream(key) as (_, shape, dtype):
+                self.shapes[key], self.dtypes[key] = shape, dtype
+        lengths = {key: shape[0] if shape else -1 for key, shape in self.shapes.items()}
+        if len(set(lengths.values())) > 1 or -1 in lengths.values():
+            told = ", ".join(f"{key} {length}" for key, length in lengths.items())
+            raise UserError(name, f"arrays have different numbers of rows: {told}", "The first dimension is the rows.")
+        self._rows = next(iter(lengths.values()))
+        if not self._rows:
+            raise UserError(name, "has no rows", "")
+        self._labels: list[Any] | None = [row.item() for row in self._read(label, range(self._rows))] if labelled and label else None
+
+    def _members(self) -> set[str]:
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                return {member.removesuffix(".npy") for member in archive.namelist() if member.endswith(".npy")}
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(self.name, f"is not an npz file that can be read ({error})", "Write it with numpy.savez.") from None
+
+    @property
+    def _path(self) -> Path:
+        assert self.path is not None
+        return self.path
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def items(self, indices: Sequence[int]) -> Iterator[Item]:
+        return zip(*(self._read(key, indices) for key in self._inputs), strict=True)
+
+    def label_values(self) -> Sequence[Any] | None:
+        return self._labels
+
+    def describe(self) -> dict[str, Any]:
+        return {"arrays": {key: [str(self.dtypes[key]), *shape] for key, shape in self.shapes.items()}}
+
+    def _read(self, key: str, indices: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
+        with self._stream(key) as (stream, shape, dtype):
+            size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+            at = 0
+            for index in indices:
+                stream.seek((index - at) * size, 1)  # reads over what lies between
+                raw = stream.read(size)
+                if len(raw) != size:
+                    raise UserError(self.place(index), f"the array {key} ends here", "The file is damaged.")
+                at = index + 1
+                yield np.frombuffer(raw, dtype).reshape(shape[1:])
+
+    def _stream(self, key: str) -> _Member:
+        return _Member(self._path, self.name, key)
+
+
+class _Member:
+    """An open array of an npz file: (stream at the first row, shape, dtype)."""
+
+    def __init__(self, path: Path, name: str, key: str) -> None:
+        self._path, self._name, self._key = path, name, key
+
+    def __enter__(self) -> tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]:
+        self._archive = zipfile.ZipFile(self._path)
+        self._opened = self._archive.open(f"{self._key}.npy")
+        try:
+            version = np.lib.format.read_magic(self._opened)  # type: ignore[no-untyped-call]
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(self._opened)  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            self.__exit__()
+            raise UserError(self._name, f"the array {self._key} cannot be read ({error})", "Write it with numpy.savez.") from None
+        if dtype.hasobject:
+            self.__exit__()
+            raise UserError(self._name, f"the array {self._key} holds pickled objects, which are not read", "Give it a plain dtype.")
+        if fortran:
+            self.__exit__()
+            hint = "Save numpy.ascontiguousarray(array)."
+            raise UserError(self._name, f"the array {self._key} is stored column by column", hint)
+        return self._opened, shape, dtype
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+        self._archive.close()
+
+
+class ArrayEncoder(Encoder):
+    """Rows of arrays on top of each other, in the dtypes of the model's inputs."""
+
+    def __init__(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._dtypes = dict(dtypes)
+
+    def encode(self, items: Sequence[Item], places: Sequence[str]) -> Batch:
+        batch = {}
+        for number, (name, dtype) in enumerate(self._dtypes.items()):
+            batch[name] = torch.from_numpy(np.stack([item[number] for item in items])).to(dtype)
+        return batch
+
+    def describe(self) -> dict[str, Any]:
+        return {"inputs": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()}}
