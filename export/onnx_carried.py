@@ -1,0 +1,403 @@
+"""Lowerings of the ops that carry compressed values: every code goes into the file as it is, and integer kernels can run.
+
+Shapes: O outputs, I inputs (``K`` and ``N`` of a matrix product are I and O), G groups, V rows of a table, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibrate.grid import pack, unpack
+from export.onnx_lowering import Carried, Held, Lowering, lowers
+from export.onnx_ops import add, broadcast
+
+__all__ = ["dense", "patches", "product", "rows"]
+
+_BLOCKS = (128, 64, 32, 16)
+
+
+# -- reading the traced ops -----------------------------------------------------------------------------------------
+
+
+def _carried(codes: Held, scale: Held, zero_point: Held | None, bits: int, shape: Sequence[int]) -> Carried:
+    assert codes.const is not None
+    assert scale.const is not None
+    path = codes.name.removesuffix(".codes").removesuffix(".quantized_weight")
+    shift = None if zero_point is None else zero_point.const
+    return Carried(path, codes.const, scale.const, shift, bits, tuple(shape))
+
+
+@lowers("compress::dequantize")
+def _dequantize(b: Lowering, codes: Held, scale: Held, zero_point: Held | None, bits: int, shape: Sequence[int]) -> Held:
+    carried = _carried(codes, scale, zero_point, bits, shape)
+    return Held(carried.shape, b.compute, carried=carried)
+
+
+@lowers("compress::embedding")
+def _embedding(
+    b: Lowering, ids: Held, codes: Held, scale: Held, zero_point: Held | None, bits: int, shape: Sequence[int]
+) -> Held:
+    from export.onnx_ops import _input
+
+    return rows(b, _input(b, ids), _carried(codes, scale, zero_point, bits, shape))
+
+
+@lowers("compress::quantize_dequantize")
+def _quantize_dequantize(b: Lowering, x: Held, scale: Held, zero_point: Held, bits: int) -> Held:
+    """Q/DQ. CPU runtimes have kernels for uint8 activations only (int8 ones are converted, and half of them lost), so the
+    signed code c is stored as c + 128; TensorRT takes int8 with zero point 0."""
+    assert scale.const is not None
+    assert zero_point.const is not None
+    shift, unit = int(zero_point.const), float(scale.const)
+    if b.dialect == "tensorrt":
+        if shift:
+            raise b.refuse("TensorRT takes no zero point for activations", "Use symmetric: true for the activations.")
+        zero = b.constant(0, torch.int8)
+    else:
+        zero = b.constant(shift + 128, torch.uint8)
+    if bits < 8:
+        low, high = (-(2 ** (bits - 1)) - shift) * unit, (2 ** (bits - 1) - 1 - shift) * unit
+        x = b.op("Clip", x, b.constant(low, x.dtype), b.constant(high, x.dtype), shape=x.shape, dtype=x.dtype)
+    step = b.constant(scale.const.reshape(()).float(), name=scale.name)
+    codes = b.op("QuantizeLinear", x, step, zero, shape=x.shape, dtype=zero.dtype)
+    return _restored(b, codes, step, zero)
+
+
+def _restored(b: Lowering, codes: Held, step: Held, zero: Held) -> Held:
+    made = b.op("DequantizeLinear", codes, step, zero, shape=codes.shape, dtype=b.compute)
+    made.quantized = (codes, step, zero)
+    return made
+
+
+@lowers("compress::quantize_dequantize_dynamic")
+def _dynamic(b: Lowering, x: Held, bits: int) -> Held:
+    if b.dialect == "tensorrt":
+        raise b.refuse("TensorRT quantizes activations with static ranges only", "Use activations: static.")
+    if bits != 8:
+        raise b.refuse(f"dynamic activations of {bits} bits have no ONNX form", "Use 8 bits.")
+    outputs = [(x.shape, torch.uint8), ((), torch.float32), ((), torch.uint8)]
+    codes, step, zero = b.ops("DynamicQuantizeLinear", x, outputs=outputs)
+    return Held(x.shape, torch.float32, dynamic=(codes, step, zero))
+
+
+# -- codes as initializers ------------------------------------------------------------------------------------------
+
+
+def _record(b: Lowering, carried: Carried, held: Held, **layout: Any) -> Held:
+    """Notes where the codes of a site lie, so that they can be read back from the file."""
+    entry = {"initializer": b.of(held).name, "bits": carried.bits, "shape": list(carried.shape), **layout}
+    b.codes.setdefault(carried.path, entry)
+    return held
+
+
+def _integers(carried: Carried) -> Tensor:
+    """Signed codes [O, I], int8."""
+    return unpack(carried.codes, carried.bits, list(carried.matrix))
+
+
+def _stored(b: Lowering, carried: Carried, flipped: bool) -> Held:
+    """The codes as an initializer in their own width: int8, INT4, or bits in bytes; [O, I], or [I, O] if ``flipped``.
+
+    A table that is also read by rows stays [V, C] in the file and is turned by a Transpose, which runtimes fold.
+    """
+    if flipped and carried.codes.data_ptr() in b.tables and carried.bits == 8:
+        return b.transpose(_stored(b, carried, False), [1, 0])
+    shape = carried.matrix[::-1] if flipped else carried.matrix
+    order = "IO" if flipped else "OI"
+    name = f"{carried.path}.codes"
+    if carried.bits == 8:
+        matrix = carried.codes.reshape(carried.matrix)
+        return _record(b, carried, b.constant(matrix.t() if flipped else matrix, name=name), order=order, storage="int8")
+    if b.codes_storage(carried) == "native":
+        bits = 4 if b.dialect == "tensorrt" else carried.bits
+
+        def packed() -> np.ndarray[Any, Any]:
+            codes = _integers(carried)
+            return pack((codes.t() if flipped else codes).contiguous(), bits).numpy()
+
+        held = _once(b, carried, order, lambda: b.packed(packed, f"INT{bits}", shape, name))
+        return _record(b, carried, held, order=order, storage=f"int{bits}")
+    return _record(b, carried, _once(b, carried, order, lambda: _bytes(b, carried, flipped, name)), order=order, storage="bits")
+
+
+def _once(b: Lowering, carried: Carried, order: str, make: Callable[[], Held]) -> Held:
+    """Tied codes are stored once."""
+    key = (carried.codes.data_ptr(), carried.bits, order)
+    if key not in b.shared:
+        b.shared[key] = make()
+    return b.shared[key]
+
+
+def _bytes(b: Lowering, carried: Carried, flipped: bool, name: str) -> Held:
+    """Codes plus 2**(bits-1), packed into bytes, the first in the lowest bits; [bytes]."""
+
+    def packed() -> np.ndarray[Any, Any]:
+        codes = _integers(carried)
+        return _offset(pack((codes.t() if flipped else codes).contiguous(), carried.bits), carried.bits).numpy()
+
+    count = -(-math.prod(carried.matrix) * carried.bits // 8)
+    return b.packed(packed, "UINT8", (count,), name)
+
+
+def _offset(packed: Tensor, bits: int) -> Tensor:
+    """Two's complement fields as code + 2**(bits-1): the sign bit of each is turned over."""
+    return packed ^ {4: 0x88, 2: 0xAA}[bits]
+
+
+def _int8(b: Lowering, carried: Carried, flipped: bool) -> Held:
+    """The codes as an int8 value; narrower ones are widened by nodes of constants, which runtimes fold at load."""
+    stored = _stored(b, carried, flipped)
+    shape = carried.matrix[::-1] if flipped else carried.matrix
+    if carried.bits == 8:
+        return stored
+    if b.codes[carried.path]["storage"] != "bits":
+        return b.op("Cast", stored, shape=shape, dtype=torch.int8, to=int(b.ir.DataType.INT8))
+    fields = _fields(b, stored, carried.bits, stored.shape)
+    flat = b.reshape(fields, (math.prod(fields.shape),))
+    count = math.prod(shape)
+    if flat.shape[0] != count:
+        flat = b.op("Slice", flat, b.ints(0), b.ints(count), shape=(count,), dtype=flat.dtype)
+    wide = b.op("Sub", b.cast(flat, torch.int32), b.constant(2 ** (carried.bits - 1), torch.int32), shape=(count,), dtype=torch.int32)
+    return b.reshape(b.cast(wide, torch.int8), shape)
+
+
+def _fields(b: Lowering, packed: Held, bits: int, shape: Sequence[Any]) -> Held:
+    """Bytes [...] as their fields [..., 8 / bits], uint8."""
+    shifts = b.constant([position * bits for position in range(8 // bits)], torch.uint8)
+    column = b.op("Unsqueeze", packed, b.ints(len(shape)), shape=(*shape, 1), dtype=torch.uint8)
+    made = b.op("BitShift", column, shifts, shape=(*shape, 8 // bits), dtype=torch.uint8, direction="RIGHT")
+    if b.opset >= 18:
+        return b.op("BitwiseAnd", made, b.constant(2**bits - 1, torch.uint8), shape=made.shape, dtype=torch.uint8)
+    return b.op("Mod", made, b.constant(2**bits, torch.uint8), shape=made.shape, dtype=torch.uint8)
+
+
+# -- dense weights --------------------------------------------------------------------------------------------------
+
+
+def dense(b: Lowering, carried: Carried, flipped: bool = False, folded: bool = False) -> Held:
+    """The weight in floating point, from its codes: [O, I] (the weight's own shape for convolutions) or [I, O].
+
+    Written as DequantizeLinear, or as Cast and Mul where a runtime should fold it into a float weight (``folded``), or
+    where DequantizeLinear cannot say it.
+    """
+    blocked = carried.groups > 1
+    if folded or (blocked and (b.opset < 21 or len(carried.shape) > 2)):
+        return _multiplied(b, carried, flipped)
+    unpacked = carried.bits != 8 and b.codes_storage(carried) == "bits"
+    codes = _int8(b, carried, flipped) if unpacked else _stored(b, carried, flipped)
+    shape = carried.matrix[::-1] if flipped else carried.matrix
+    if len(carried.shape) != 2 and not flipped:
+        codes, shape = b.reshape(codes, carried.shape), carried.shape
+    return _scaled(b, carried, codes, shape, flipped)
+
+
+def _scaled(b: Lowering, carried: Carried, codes: Held, shape: Sequence[int], flipped: bool) -> Held:
+    """DequantizeLinear of codes in the given layout."""
+    kind = b.of(codes).type.dtype.name if b.of(codes).type is not None else "INT8"
+    scale, zero, attributes = _parameters(b, carried, flipped, kind)
+    if b.compute == torch.float16 and _coarse(carried.scale):
+        scale.exact = True
+        made = b.op("DequantizeLinear", codes, scale, zero, shape=shape, dtype=torch.float32, **attributes)
+        return b.cast(made, torch.float16)
+    return b.op("DequantizeLinear", codes, scale, zero, shape=shape, dtype=b.compute, **attributes)
+
+
+def _coarse(scale: Tensor) -> bool:
+    """Whether float16 would change a scale by more than its usual rounding (2**-11): it does below its normal range."""
+    return bool(((scale.half().float() - scale).abs() > scale * 2.0**-10).any())
+
+
+def _parameters(b: Lowering, carried: Carried, flipped: bool, kind: str = "INT8") -> tuple[Held, Held | None, dict[str, Any]]:
+    """Scale, zero point and the attributes of DequantizeLinear."""
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        if carried.per_tensor:
+            return tensor.reshape(())
+        if carried.groups == 1:
+            return tensor.reshape(-1)
+        return tensor.t().contiguous() if flipped else tensor
+
+    attributes: dict[str, Any] = {}
+    if carried.groups > 1:
+        attributes = {"axis": 0 if flipped else 1, "block_size": carried.matrix[1] // carried.groups}
+    elif not carried.per_tensor:
+        attributes = {"axis": 1 if flipped else 0}
+    scale = b.constant(laid_out(carried.scale), name=f"{carried.path}.scale")
+    if carried.zero_point is None:
+        return scale, None, attributes
+    shift, name = laid_out(carried.zero_point), f"{carried.path}.zero_point"
+    if kind in ("INT4", "INT2"):
+        data = pack(shift.contiguous(), int(kind[3:])).numpy()
+        return scale, b.packed(lambda: data, kind, tuple(shift.shape), name), attributes
+    return scale, b.constant(shift, name=name), attributes
+
+
+def _multiplied(b: Lowering, carried: Carried, flipped: bool) -> Held:
+    """Cast, Sub, Mul and Reshape: what DequantizeLinear would do, in nodes that every runtime folds."""
+    outputs, inputs = carried.matrix
+    shape = (outputs, carried.groups, inputs // carried.groups)
+    values = b.cast(b.reshape(_int8(b, carried, False), shape), b.compute)
+    scale_shape = (1, 1, 1) if carried.per_tensor else (outputs, carried.groups, 1)
+    if carried.zero_point is not None:
+        shift = b.constant(carried.zero_point.reshape(scale_shape).to(torch.float32), name=f"{carried.path}.zero_point")
+        values = b.op("Sub", values, shift, shape=shape, dtype=b.compute)
+    scale = b.constant(carried.scale.reshape(scale_shape), name=f"{carried.path}.scale")
+    values = b.op("Mul", values, scale, shape=shape, dtype=b.compute)
+    whole = b.reshape(values, carried.shape)
+    return b.transpose(whole, [1, 0]) if flipped else whole
+
+
+# -- products -------------------------------------------------------------------------------------------------------
+
+
+def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) -> Held:
+    """``x @ W.T + bias`` for a carried weight W [O, I].
+
+    Which kernels run is decided here: integer ones need 8-bit activations and scales per channel or per tensor; float
+    activations with narrow weights use MatMulNBits in ONNX Runtime; everything else is DequantizeLinear and MatMul.
+    """
+    outputs = carried.matrix[0]
+    shape = (*x.shape[:-1], outputs)
+    if x.dynamic is not None and carried.groups == 1:
+        return _dynamic_product(b, x, carried, bias, shape)
+    integer = x.quantized is not None and carried.groups == 1
+    if b.dialect == "onnxruntime" and not integer and carried.bits < 8 and (block := _block(carried)):
+        made = _n_bits(b, x, carried, block, shape)
+    else:
+        made = _dense_product(b, x, carried, shape, integer)
+    return made if bias is None else add(b, made, bias)
+
+
+def _dense_product(b: Lowering, x: Held, carried: Carried, shape: Sequence[Any], integer: bool) -> Held:
+    if integer and carried.bits < 8 and b.dialect != "tensorrt":
+        weight = _scaled(b, carried, _int8(b, carried, True), carried.matrix[::-1], True)
+    else:
+        weight = dense(b, carried, flipped=True)
+    return b.op("MatMul", x, weight, shape=shape, dtype=b.compute)
+
+
+def _dynamic_product(b: Lowering, x: Held, carried: Carried, bias: Held | None, shape: Sequence[Any]) -> Held:
+    """MatMulInteger on the codes: ONNX Runtime makes one kernel of it and of the DynamicQuantizeLinear before it. The bias
+    is an Add here, which that kernel takes in."""
+    assert x.dynamic is not None
+    codes, step, zero = x.dynamic
+    scale, shift, _ = _parameters(b, carried, True)
+    whole = b.op("MatMulInteger", codes, _int8(b, carried, True), zero, shift, shape=shape, dtype=torch.int32)
+    factor = b.op("Mul", step, scale, shape=scale.shape, dtype=torch.float32)
+    made = b.op("Mul", b.cast(whole, torch.float32), factor, shape=shape, dtype=torch.float32)
+    return made if bias is None else b.op("Add", made, bias, shape=shape, dtype=torch.float32)
+
+
+def _block(carried: Carried) -> int | None:
+    """The block size with which MatMulNBits can hold the scales, or None."""
+    size = carried.matrix[1] // carried.groups
+    return next((block for block in (256, *_BLOCKS) if size % block == 0 and (block <= 128 or carried.groups > 1)), None)
+
+
+def _n_bits(b: Lowering, x: Held, carried: Carried, block: int, shape: Sequence[Any]) -> Held:
+    outputs, inputs = carried.matrix
+    count = inputs // block
+
+    def packed() -> np.ndarray[Any, Any]:
+        return _offset(pack(_integers(carried), carried.bits), carried.bits).reshape(outputs, count, -1).numpy()
+
+    stored = (outputs, count, block * carried.bits // 8)
+    codes = _once(b, carried, "NBits", lambda: b.packed(packed, "UINT8", stored, f"{carried.path}.codes"))
+    _record(b, carried, codes, order="OI", storage="bits")
+    scale = b.constant(_spread(carried.scale, outputs, count).contiguous(), name=f"{carried.path}.scale")
+    zero = None
+    if carried.zero_point is not None:
+        zero = b.constant(_packed_zero_points(carried, count), name=f"{carried.path}.zero_point")
+    return b.op("MatMulNBits", x, codes, scale, zero, shape=shape, dtype=x.dtype, domain="com.microsoft", K=inputs, N=outputs,
+                bits=carried.bits, block_size=block, accuracy_level=4)  # fmt: skip
+
+
+def _spread(parameter: Tensor, outputs: int, count: int) -> Tensor:
+    """[O, G] or [1, 1] as [O, blocks]."""
+    whole = parameter.expand(outputs, parameter.shape[1])
+    return whole.repeat_interleave(count // whole.shape[1], 1)
+
+
+def _packed_zero_points(carried: Carried, count: int) -> Tensor:
+    assert carried.zero_point is not None
+    shifts = _spread(carried.zero_point, carried.matrix[0], count)
+    missing = -count % (8 // carried.bits)
+    return torch.stack([_offset(pack(torch.nn.functional.pad(row, (0, missing)), carried.bits), carried.bits) for row in shifts])
+
+
+def patches(b: Lowering, x: Held, carried: Carried, bias: Held | None, attributes: dict[str, Any]) -> Held | None:
+    """A convolution of patches that do not overlap, with quantized inputs, as a matrix product: its integer kernels are
+    several times faster than those of convolutions. None where the convolution is of another kind."""
+    kernel, spatial = list(carried.shape[2:]), x.shape[2:]
+    known = all(isinstance(size, int) for size in spatial)
+    plain = attributes["group"] == 1 and not any(attributes["pads"]) and attributes["strides"] == kernel
+    if b.dialect == "tensorrt" or len(kernel) != 2 or not (known and plain) or (x.quantized is None and x.dynamic is None):
+        return None
+    if any(size % length for size, length in zip(spatial, kernel, strict=True)):
+        return None
+    (batch, channels, height, width), (tall, wide) = x.shape, kernel
+    rows_, columns = height // tall, width // wide
+
+    def moved(held: Held) -> Held:
+        split = b.reshape(held, (batch, channels, rows_, tall, columns, wide))
+        return b.reshape(b.transpose(split, [0, 2, 4, 1, 3, 5]), (batch, rows_ * columns, channels * tall * wide))
+
+    if x.quantized is not None:
+        codes, step, zero = x.quantized
+        flat = _restored(b, moved(codes), step, zero)
+    else:
+        assert x.dynamic is not None
+        codes, step, zero = x.dynamic
+        codes = moved(codes)
+        flat = Held(codes.shape, torch.float32, dynamic=(codes, step, zero))
+    made = b.transpose(product(b, flat, carried, bias), [0, 2, 1])
+    return b.reshape(made, (batch, carried.shape[0], rows_, columns))
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def rows(b: Lowering, ids: Held, carried: Carried) -> Held:
+    """Rows of a table [V, C]: codes are gathered first and only those are dequantized."""
+    table, channels = carried.matrix
+    name = f"{carried.path}.codes"
+    if carried.bits == 8:
+        stored = _stored(b, carried, False)
+        picked = b.op("Gather", stored, ids, shape=(*ids.shape, channels), dtype=torch.int8, axis=0)
+        values = b.cast(picked, torch.float32)
+    else:
+        per_byte = 8 // carried.bits
+        held = _once(b, carried, "rows", lambda: b.packed(
+            lambda: _offset(carried.codes, carried.bits).reshape(table, -1).numpy(), "UINT8", (table, channels // per_byte), name))  # fmt: skip
+        stored = _record(b, carried, held, order="OI", storage="bits")
+        picked = b.op("Gather", stored, ids, shape=(*ids.shape, channels // per_byte), dtype=torch.uint8, axis=0)
+        fields = b.reshape(_fields(b, picked, carried.bits, picked.shape), (*ids.shape, channels))
+        values = b.op("Sub", b.cast(fields, torch.float32), b.constant(float(2 ** (carried.bits - 1))), shape=fields.shape, dtype=torch.float32)
+    return b.cast(_row_scales(b, ids, carried, values), b.compute)
+
+
+def _row_scales(b: Lowering, ids: Held, carried: Carried, values: Held) -> Held:
+    """(values - zero_point) * scale with the parameters of each gathered row."""
+    groups = carried.groups
+    blocks = b.reshape(values, (*ids.shape, groups, carried.matrix[1] // groups)) if groups > 1 else values
+
+    def picked(parameter: Tensor, name: str) -> Held:
+        parameter = parameter.float()
+        held = b.constant(parameter.reshape(()) if carried.per_tensor else parameter, name=f"{carried.path}.{name}")
+        held.exact = True
+        if carried.per_tensor:
+            return held
+        rows_ = b.op("Gather", held, ids, shape=(*ids.shape, groups), dtype=torch.float32, axis=0)
+        return b.reshape(rows_, (*ids.shape, groups, 1)) if groups > 1 else rows_
+
+    if carried.zero_point is not None:
+        blocks = b.op("Sub", blocks, picked(carried.zero_point, "zero_point"), shape=blocks.shape, dtype=torch.float32)
+    scale = picked(carried.scale, "scale")
+    made = b.op("Mul", blocks, scale, shape=broadcast(blocks.shape, scale.shape), dtype=torch.float32)
+    return b.reshape(made, values.shape)

@@ -1,0 +1,617 @@
+"""Lowerings of elementwise operations, comparisons, reductions and tensors made from nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from export.onnx_lowering import WIDE, Dim, Held, Lowering, axis_of, lowers
+
+__all__ = ["add", "binary", "broadcast", "reduce", "where"]
+
+_UNARY = {
+    "abs": "Abs", "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sin": "Sin", "cos": "Cos", "tan": "Tan",
+    "tanh": "Tanh", "erf": "Erf", "sigmoid": "Sigmoid", "relu": "Relu", "floor": "Floor", "ceil": "Ceil", "round": "Round",
+    "sign": "Sign", "reciprocal": "Reciprocal", "hardswish": "HardSwish", "atan": "Atan", "asin": "Asin", "acos": "Acos",
+    "sinh": "Sinh", "cosh": "Cosh",
+}  # fmt: skip
+_KEPT_WIDE = {"Exp", "Log", "Sqrt", "Sin", "Cos", "Reciprocal", "Neg"}
+_BINARY = {"mul": "Mul", "sub": "Sub", "maximum": "Max", "minimum": "Min"}
+_COMPARE = {"eq": "Equal", "gt": "Greater", "lt": "Less", "ge": "GreaterOrEqual", "le": "LessOrEqual"}
+_LOGICAL = {"logical_and": "And", "logical_or": "Or", "logical_xor": "Xor"}
+_BITWISE = {"and": "And", "or": "Or", "xor": "Xor"}
+
+
+def broadcast(*shapes: Sequence[Dim]) -> tuple[Dim, ...]:
+    """The shape that these broadcast to; a symbolic size wins over 1."""
+    rank = max(len(shape) for shape in shapes)
+    result: list[Dim] = [1] * rank
+    for shape in shapes:
+        for axis, size in enumerate(shape, rank - len(shape)):
+            if size != 1:
+                result[axis] = size
+    return tuple(result)
+
+
+def _operands(b: Lowering, dtype: torch.dtype, *items: Any) -> list[Held]:
+    """Numbers become constants, all get the dtype; in a float16 graph wide values stay wide only among themselves."""
+    held = [item for item in items if isinstance(item, Held)]
+    if b.compute == torch.float16 and dtype == torch.float16:
+        values = [item.dtype for item in held if item.const is None and item.dtype.is_floating_point]
+        dtype = torch.float32 if values and all(kind == torch.float32 for kind in values) else dtype
+    return [b.cast(item, dtype) if isinstance(item, Held) else b.constant(_number(b, item), dtype) for item in items]
+
+
+def _number(b: Lowering, item: Any) -> Any:
+    if isinstance(item, (int, float, bool)):
+        return item
+    raise b.refuse(f"a number computed from sizes ({item}) is used as a value", "Make the dimension fixed.")
+
+
+def _value(b: Lowering, item: Any, dtype: torch.dtype) -> Any:
+    """A size that depends on a dynamic dimension, as a tensor; anything else unchanged."""
+    import sympy
+
+    if isinstance(item, sympy.Basic):
+        return b.cast(b.squeeze(b.size(item)), dtype)
+    return item
+
+
+def binary(b: Lowering, kind: str, x: Any, y: Any, dtype: torch.dtype | None = None) -> Held:
+    """``kind(x, y)`` in the traced dtype, or the given one; operands may be numbers."""
+    dtype = dtype or b.dtype
+    x, y = _operands(b, dtype, _value(b, x, dtype), _value(b, y, dtype))
+    return b.op(kind, x, y, shape=broadcast(x.shape, y.shape), dtype=x.dtype)
+
+
+def add(b: Lowering, x: Any, y: Any) -> Held:
+    """x + y. Floats are written as Sum for CPU runtimes: ONNX Runtime turns an Add of a bias into a Gemm that loses its
+    integer kernel, and an Add before a LayerNormalization into SkipLayerNormalization, which is slower."""
+    if not b.dtype.is_floating_point or b.dialect == "tensorrt":
+        return binary(b, "Add", x, y)
+    for one, other in ((x, y), (y, x)):
+        if isinstance(one, Held) and one.const is None and isinstance(other, (int, float)):
+            return binary(b, "Add", one, other)
+    x, y = _operands(b, b.dtype, _value(b, x, b.dtype), _value(b, y, b.dtype))
+    return b.op("Sum", x, y, shape=broadcast(x.shape, y.shape), dtype=x.dtype)
+
+
+@lowers("add.Tensor", "add.Scalar", "__add__.Tensor")
+def _add(b: Lowering, x: Held, y: Any, alpha: Any = 1) -> Held:
+    if b.dtype == torch.bool:
+        return b.op("Or", *_operands(b, torch.bool, x, y), shape=broadcast(x.shape, getattr(y, "shape", ())))
+    if isinstance(y, (int, float)) and y == 0 and x.dtype == b.dtype:
+        return x
+    if alpha != 1:
+        y = y * alpha if not isinstance(y, Held) else binary(b, "Mul", y, alpha)
+    return add(b, x, y)
+
+
+@lowers("sub.Tensor", "sub.Scalar")
+def _sub(b: Lowering, x: Held, y: Any, alpha: Any = 1) -> Held:
+    if alpha != 1:
+        y = y * alpha if not isinstance(y, Held) else binary(b, "Mul", y, alpha)
+    return binary(b, "Sub", x, y)
+
+
+@lowers("rsub.Scalar", "rsub.Tensor")
+def _rsub(b: Lowering, x: Held, y: Any, alpha: Any = 1) -> Held:
+    return binary(b, "Sub", y, x if alpha == 1 else binary(b, "Mul", x, alpha))
+
+
+@lowers("mul.Tensor", "mul.Scalar", "multiply.Tensor")
+def _mul(b: Lowering, x: Held, y: Any) -> Held:
+    if b.dtype == torch.bool:
+        return b.op("And", *_operands(b, torch.bool, x, y), shape=broadcast(x.shape, getattr(y, "shape", ())))
+    if isinstance(y, (int, float)) and y == 1 and x.dtype == b.dtype:
+        return x
+    return binary(b, "Mul", x, y)
+
+
+@lowers("maximum")
+def _maximum(b: Lowering, x: Held, y: Held) -> Held:
+    return binary(b, "Max", x, y)
+
+
+@lowers("minimum")
+def _minimum(b: Lowering, x: Held, y: Held) -> Held:
+    return binary(b, "Min", x, y)
+
+
+@lowers("div.Tensor", "div.Scalar", "true_divide.Tensor")
+def _div(b: Lowering, x: Any, y: Any) -> Held:
+    if isinstance(y, (int, float)) and b.dtype.is_floating_point and math.frexp(y)[0] in (0.5, -0.5):
+        return binary(b, "Mul", x, 1.0 / y)
+    return binary(b, "Div", x, y)
+
+
+@lowers("div.Tensor_mode", "div.Scalar_mode")
+def _div_mode(b: Lowering, x: Any, y: Any, rounding_mode: str | None = None) -> Held:
+    if rounding_mode is None:
+        return _div(b, x, y)
+    if b.dtype.is_floating_point:
+        quotient = binary(b, "Div", x, y)
+        return _truncate(b, quotient) if rounding_mode == "trunc" else _same(b, "Floor", quotient)
+    if rounding_mode == "trunc":
+        return binary(b, "Div", x, y)
+    remainder = binary(b, "Mod", x, y)
+    return binary(b, "Div", binary(b, "Sub", x, remainder), y)
+
+
+@lowers("floor_divide", "floor_divide.Scalar", "__floordiv__.Scalar")
+def _floor_divide(b: Lowering, x: Any, y: Any) -> Held:
+    return _div_mode(b, x, y, "floor")
+
+
+@lowers("remainder.Scalar", "remainder.Tensor")
+def _remainder(b: Lowering, x: Any, y: Any) -> Held:
+    if not b.dtype.is_floating_point:
+        return binary(b, "Mod", x, y)
+    return binary(b, "Sub", x, binary(b, "Mul", _same(b, "Floor", binary(b, "Div", x, y)), y))
+
+
+@lowers("fmod.Scalar", "fmod.Tensor")
+def _fmod(b: Lowering, x: Any, y: Any) -> Held:
+    x, y = _operands(b, b.dtype, x, y)
+    return b.op("Mod", x, y, shape=broadcast(x.shape, y.shape), dtype=x.dtype, fmod=1)
+
+
+@lowers("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "square")
+def _pow(b: Lowering, x: Any, exponent: Any = 2) -> Held:
+    if isinstance(exponent, Held):
+        return binary(b, "Pow", x, exponent)
+    x = b.cast(x, torch.float32 if b.compute == torch.float16 and b.dtype == torch.float16 else b.dtype)
+    if exponent in (2, 3):
+        squared = b.op("Mul", x, x, shape=x.shape, dtype=x.dtype)
+        return squared if exponent == 2 else b.op("Mul", squared, x, shape=x.shape, dtype=x.dtype)
+    if exponent == 0.5:
+        return _same(b, "Sqrt", x)
+    if exponent == -0.5:
+        return _same(b, "Reciprocal", _same(b, "Sqrt", x))
+    return b.op("Pow", x, b.constant(exponent, x.dtype), shape=x.shape, dtype=x.dtype)
+
+
+def _same(b: Lowering, kind: str, x: Held, **attributes: Any) -> Held:
+    return b.op(kind, x, shape=x.shape, dtype=x.dtype, **attributes)
+
+
+def _unary(kind: str) -> Any:
+    def lowering(b: Lowering, x: Held, *_: Any, **__: Any) -> Held:
+        if not x.dtype.is_floating_point and b.dtype.is_floating_point:
+            x = b.cast(x, b.dtype)
+        if kind in ("Floor", "Ceil", "Round") and not x.dtype.is_floating_point:
+            return x
+        return _same(b, kind, x)
+
+    return lowering
+
+
+for _name, _kind in _UNARY.items():
+    lowers(_name)(_unary(_kind))
+    if _kind in _KEPT_WIDE:
+        WIDE.add(f"aten.{_name}.default")
+lowers("negative")(_unary("Neg"))
+WIDE |= {
+    "aten.add.Tensor", "aten.add.Scalar", "aten.mul.Tensor", "aten.mul.Scalar", "aten.sub.Tensor", "aten.div.Tensor",
+    "aten.pow.Tensor_Scalar", "aten.rsqrt.default", "aten.mean.dim", "aten.sum.dim_IntList", "aten.to.dtype",
+    "aten.clamp.default", "aten.clamp_min.default", "aten.unsqueeze.default", "aten.expand.default", "aten.cat.default",
+    "aten.view.default", "aten.reshape.default", "aten.transpose.int", "aten.matmul.default", "aten._to_copy.default",
+    "aten.contiguous.default", "aten.clone.default",
+}  # fmt: skip
+
+
+@lowers("rsqrt")
+def _rsqrt(b: Lowering, x: Held) -> Held:
+    return _same(b, "Reciprocal", _same(b, "Sqrt", x))
+
+
+@lowers("expm1")
+def _expm1(b: Lowering, x: Held) -> Held:
+    return binary(b, "Sub", _same(b, "Exp", x), 1.0)
+
+
+@lowers("log1p")
+def _log1p(b: Lowering, x: Held) -> Held:
+    return _same(b, "Log", binary(b, "Add", x, 1.0))
+
+
+@lowers("log2")
+def _log2(b: Lowering, x: Held) -> Held:
+    x = b.cast(x, b.dtype)
+    return binary(b, "Mul", _same(b, "Log", x), 1.0 / math.log(2.0))
+
+
+@lowers("exp2")
+def _exp2(b: Lowering, x: Held) -> Held:
+    return b.op("Pow", b.constant(2.0, x.dtype), x, shape=x.shape, dtype=x.dtype)
+
+
+def _truncate(b: Lowering, x: Held) -> Held:
+    return binary(b, "Mul", _same(b, "Sign", x), _same(b, "Floor", _same(b, "Abs", x)))
+
+
+@lowers("trunc", "fix")
+def _trunc(b: Lowering, x: Held) -> Held:
+    return _truncate(b, x) if x.dtype.is_floating_point else x
+
+
+@lowers("clamp", "clip", "hardtanh", "clamp.Tensor")
+def _clamp(b: Lowering, x: Held, min: Any = None, max: Any = None) -> Held:
+    if b.node is not None and "hardtanh" in str(b.node.target):
+        min, max = -1.0 if min is None else min, 1.0 if max is None else max
+    for kind, limit in (("Max", min), ("Min", max)):
+        if limit is not None:
+            x = binary(b, kind, x, limit)
+    return x
+
+
+@lowers("clamp_min", "clamp_min.Tensor")
+def _clamp_min(b: Lowering, x: Held, limit: Any) -> Held:
+    return binary(b, "Max", x, limit)
+
+
+@lowers("clamp_max", "clamp_max.Tensor")
+def _clamp_max(b: Lowering, x: Held, limit: Any) -> Held:
+    return binary(b, "Min", x, limit)
+
+
+@lowers("relu6")
+def _relu6(b: Lowering, x: Held) -> Held:
+    return _clamp(b, x, 0.0, 6.0)
+
+
+@lowers("silu")
+def _silu(b: Lowering, x: Held) -> Held:
+    return b.op("Mul", x, _same(b, "Sigmoid", x), shape=x.shape, dtype=x.dtype)
+
+
+@lowers("gelu")
+def _gelu(b: Lowering, x: Held, approximate: str = "none") -> Held:
+    if b.opset >= 20:
+        return _same(b, "Gelu", x, approximate=approximate)
+    if approximate == "tanh":
+        cube = binary(b, "Mul", binary(b, "Mul", x, x), x)
+        inner = binary(b, "Mul", binary(b, "Add", x, binary(b, "Mul", cube, 0.044715)), math.sqrt(2.0 / math.pi))
+        factor = _same(b, "Tanh", inner)
+    else:
+        factor = _same(b, "Erf", binary(b, "Div", x, math.sqrt(2.0)))
+    return binary(b, "Mul", binary(b, "Mul", x, binary(b, "Add", factor, 1.0)), 0.5)
+
+
+@lowers("hardsigmoid")
+def _hardsigmoid(b: Lowering, x: Held) -> Held:
+    return _same(b, "HardSigmoid", x, alpha=1.0 / 6.0, beta=0.5)
+
+
+@lowers("leaky_relu")
+def _leaky_relu(b: Lowering, x: Held, slope: float = 0.01) -> Held:
+    return _same(b, "LeakyRelu", x, alpha=float(slope))
+
+
+@lowers("elu")
+def _elu(b: Lowering, x: Held, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Held:
+    if scale != 1 or input_scale != 1:
+        raise b.refuse("aten.elu with a scale has no ONNX form here", "Use elu with its default scales.")
+    return _same(b, "Elu", x, alpha=float(alpha))
+
+
+@lowers("selu")
+def _selu(b: Lowering, x: Held) -> Held:
+    return _same(b, "Selu", x)
+
+
+@lowers("softplus")
+def _softplus(b: Lowering, x: Held, beta: float = 1.0, threshold: float = 20.0) -> Held:
+    if beta == 1:
+        return _same(b, "Softplus", x)
+    return binary(b, "Div", _same(b, "Softplus", binary(b, "Mul", x, beta)), beta)
+
+
+@lowers("mish")
+def _mish(b: Lowering, x: Held) -> Held:
+    return b.op("Mul", x, _same(b, "Tanh", _same(b, "Softplus", x)), shape=x.shape, dtype=x.dtype)
+
+
+@lowers("log_sigmoid")
+def _log_sigmoid(b: Lowering, x: Held) -> Held:
+    return _same(b, "Neg", _same(b, "Softplus", _same(b, "Neg", x)))
+
+
+@lowers("prelu", "_prelu_kernel")
+def _prelu(b: Lowering, x: Held, weight: Held) -> Held:
+    if weight.rank == 1 and x.rank > 2:
+        weight = b.reshape(weight, (weight.shape[0], *[1] * (x.rank - 2)))
+    return b.op("PRelu", x, weight, shape=x.shape, dtype=x.dtype)
+
+
+@lowers("glu")
+def _glu(b: Lowering, x: Held, axis: int = -1) -> Held:
+    axis = axis_of(axis, x.rank)
+    half = x.shape[axis] // 2
+    shape = [half if at == axis else size for at, size in enumerate(x.shape)]
+    one, two = b.ops("Split", x, b.ints(half, half), outputs=[(shape, x.dtype)] * 2, axis=axis)
+    return b.op("Mul", one, _same(b, "Sigmoid", two), shape=shape, dtype=x.dtype)
+
+
+# -- comparisons, logic ---------------------------------------------------------------------------------------------
+
+
+def _common(b: Lowering, x: Any, y: Any) -> tuple[Held, Held]:
+    """Both in the dtype that torch compares them in."""
+    kinds = [torch.empty((1,) * bool(item.rank), dtype=item.dtype) if isinstance(item, Held) else item for item in (x, y)]
+    dtype = torch.result_type(kinds[0], kinds[1]) if not any(_symbolic(item) for item in kinds) else torch.int64
+    x, y = _operands(b, b.narrow(dtype), _value(b, x, dtype), _value(b, y, dtype))
+    return x, y
+
+
+def _symbolic(item: Any) -> bool:
+    return not isinstance(item, (torch.Tensor, int, float, bool))
+
+
+def _compare(kind: str) -> Any:
+    def lowering(b: Lowering, x: Any, y: Any) -> Held:
+        x, y = _common(b, x, y)
+        if x.dtype == torch.bool and kind != "Equal":
+            x, y = b.cast(x, torch.int32), b.cast(y, torch.int32)
+        return b.op(kind, x, y, shape=broadcast(x.shape, y.shape), dtype=torch.bool)
+
+    return lowering
+
+
+for _name, _kind in _COMPARE.items():
+    lowers(f"{_name}.Tensor", f"{_name}.Scalar")(_compare(_kind))
+
+
+@lowers("ne.Tensor", "ne.Scalar")
+def _ne(b: Lowering, x: Any, y: Any) -> Held:
+    return _not(b, _compare("Equal")(b, x, y))
+
+
+@lowers("logical_not")
+def _not(b: Lowering, x: Held) -> Held:
+    return b.op("Not", b.cast(x, torch.bool), shape=x.shape, dtype=torch.bool)
+
+
+@lowers("bitwise_not")
+def _bitwise_not(b: Lowering, x: Held) -> Held:
+    return _not(b, x) if x.dtype == torch.bool else _same(b, "BitwiseNot", x)
+
+
+def _logical(kind: str, bitwise: bool) -> Any:
+    def lowering(b: Lowering, x: Any, y: Any) -> Held:
+        if bitwise and b.dtype != torch.bool:
+            return binary(b, f"Bitwise{kind}", x, y)
+        x, y = _operands(b, torch.bool, x, y)
+        for one, other in ((x, y), (y, x)):
+            if kind in ("And", "Or") and one.const is not None and bool((one.const == (kind == "And")).all()):
+                return other
+        return b.op(kind, x, y, shape=broadcast(x.shape, y.shape), dtype=torch.bool)
+
+    return lowering
+
+
+for _name, _kind in _LOGICAL.items():
+    lowers(_name)(_logical(_kind, False))
+for _name, _kind in _BITWISE.items():
+    _overloads = [f"{stem}.{end}" for stem in (f"bitwise_{_name}", f"__{_name}__") for end in ("Tensor", "Scalar")]
+    lowers(*_overloads)(_logical(_kind, True))
+
+
+@lowers("isnan")
+def _isnan(b: Lowering, x: Held) -> Held:
+    return b.op("IsNaN", x, shape=x.shape, dtype=torch.bool)
+
+
+@lowers("isinf")
+def _isinf(b: Lowering, x: Held) -> Held:
+    return b.op("IsInf", x, shape=x.shape, dtype=torch.bool)
+
+
+def where(b: Lowering, condition: Held, x: Any, y: Any, dtype: torch.dtype | None = None) -> Held:
+    x, y = _operands(b, dtype or b.dtype, _value(b, x, b.dtype), _value(b, y, b.dtype))
+    if x.dtype != y.dtype:
+        x, y = b.cast(x, b.compute), b.cast(y, b.compute)
+    return b.op("Where", condition, x, y, shape=broadcast(condition.shape, x.shape, y.shape), dtype=x.dtype)
+
+
+@lowers("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
+def _where(b: Lowering, condition: Held, x: Any, y: Any) -> Held:
+    return where(b, b.cast(condition, torch.bool), x, y)
+
+
+@lowers("masked_fill.Scalar", "masked_fill.Tensor")
+def _masked_fill(b: Lowering, x: Held, mask: Held, value: Any) -> Held:
+    return where(b, b.cast(mask, torch.bool), value, x)
+
+
+# -- reductions -----------------------------------------------------------------------------------------------------
+
+
+def reduce(b: Lowering, kind: str, x: Held, axes: Any, keep: bool, dtype: torch.dtype | None = None) -> Held:
+    """Reduces ``x`` (already whole) over ``axes`` (None or empty: all)."""
+    axes = [axes] if isinstance(axes, int) else axes
+    axes = sorted(axis_of(axis, x.rank) for axis in axes) if axes else list(range(x.rank))
+    if not axes:
+        return x
+    shape = [1 if at in axes else size for at, size in enumerate(x.shape)]
+    shape = shape if keep else [size for at, size in enumerate(shape) if at not in axes]
+    if b.opset >= 18 or kind == "ReduceSum":
+        return b.op(kind, x, b.ints(*axes), shape=shape, dtype=dtype or x.dtype, keepdims=int(keep))
+    return b.op(kind, x, shape=shape, dtype=dtype or x.dtype, axes=axes, keepdims=int(keep))
+
+
+def _input(b: Lowering, x: Held, index: int = 0) -> Held:
+    """The operand with its traced shape written out."""
+    assert b.node is not None
+    node = b.node.args[index]
+    return b.full(x, _shape_of(node))
+
+
+def _shape_of(node: Any) -> tuple[Dim, ...]:
+    from export.onnx_lowering import dim
+
+    return tuple(dim(size) for size in node.meta["val"].shape)
+
+
+@lowers("sum.dim_IntList", "sum")
+def _sum(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
+    wide = b.compute == torch.float16 and b.dtype == torch.float16
+    return reduce(b, "ReduceSum", b.cast(_input(b, x), torch.float32 if wide else b.dtype), axes, keepdim)
+
+
+@lowers("mean.dim", "mean")
+def _mean(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
+    return reduce(b, "ReduceMean", b.cast(_input(b, x), x.dtype if x.dtype.is_floating_point else b.dtype), axes, keepdim)
+
+
+@lowers("amax")
+def _amax(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False) -> Held:
+    return reduce(b, "ReduceMax", _input(b, x), axes, keepdim)
+
+
+@lowers("amin")
+def _amin(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False) -> Held:
+    return reduce(b, "ReduceMin", _input(b, x), axes, keepdim)
+
+
+@lowers("max")
+def _max(b: Lowering, x: Held) -> Held:
+    return reduce(b, "ReduceMax", _input(b, x), None, False)
+
+
+@lowers("min")
+def _min(b: Lowering, x: Held) -> Held:
+    return reduce(b, "ReduceMin", _input(b, x), None, False)
+
+
+@lowers("prod.dim_int", "prod")
+def _prod(b: Lowering, x: Held, axis: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
+    return reduce(b, "ReduceProd", b.cast(_input(b, x), b.dtype), axis, keepdim)
+
+
+def _extreme(kind: str, arg: str) -> Any:
+    def lowering(b: Lowering, x: Held, axis: int, keepdim: bool = False) -> list[Held]:
+        x = _input(b, x)
+        value = reduce(b, kind, x, axis, keepdim)
+        index = b.op(arg, x, shape=value.shape, dtype=torch.int64, axis=axis_of(axis, x.rank), keepdims=int(keepdim))
+        return [value, index]
+
+    return lowering
+
+
+lowers("max.dim")(_extreme("ReduceMax", "ArgMax"))
+lowers("min.dim")(_extreme("ReduceMin", "ArgMin"))
+
+
+def _arg(kind: str) -> Any:
+    def lowering(b: Lowering, x: Held, axis: int | None = None, keepdim: bool = False) -> Held:
+        x = _input(b, x)
+        if x.dtype == torch.bool:
+            x = b.cast(x, torch.int32)
+        if axis is None:
+            x, axis = b.reshape(x, (math.prod(x.shape),)), 0
+        return b.op(kind, x, axis=axis_of(axis, x.rank), keepdims=int(keepdim))
+
+    return lowering
+
+
+lowers("argmax")(_arg("ArgMax"))
+lowers("argmin")(_arg("ArgMin"))
+
+
+def _quantifier(kind: str) -> Any:
+    def lowering(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False) -> Held:
+        found = b.cast(b.cast(_input(b, x), torch.bool), torch.int32)
+        return b.cast(reduce(b, kind, found, axes, keepdim), torch.bool)
+
+    return lowering
+
+
+lowers("any", "any.dim", "any.dims")(_quantifier("ReduceMax"))
+lowers("all", "all.dim", "all.dims")(_quantifier("ReduceMin"))
+
+
+@lowers("var.correction", "var.dim", "var", "std.correction", "std.dim", "std")
+def _var(b: Lowering, x: Held, axes: Any = None, unbiased: Any = None, keepdim: bool = False, correction: Any = None) -> Held:
+    assert b.node is not None
+    if isinstance(axes, bool):
+        axes, unbiased = None, axes
+    if "correction" in str(b.node.target):
+        correction, keepdim = 1 if correction is None else correction, bool(b.node.kwargs.get("keepdim", keepdim))
+    else:
+        correction = int(unbiased is None or unbiased)
+    x = _input(b, x)
+    every = [axes] if isinstance(axes, int) else axes or list(range(x.rank))
+    every = [axis_of(axis, x.rank) for axis in every]
+    centered = binary(b, "Sub", x, reduce(b, "ReduceMean", x, every, True))
+    mean = reduce(b, "ReduceMean", binary(b, "Mul", centered, centered), every, keepdim)
+    count = math.prod(x.shape[axis] for axis in every)
+    if correction:
+        mean = binary(b, "Mul", mean, count / (count - correction))
+    return _same(b, "Sqrt", mean) if "std" in str(b.node.target) else mean
+
+
+@lowers("norm.ScalarOpt_dim", "linalg_vector_norm", "norm.Scalar")
+def _norm(b: Lowering, x: Held, order: Any = 2, axes: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
+    kind = {1: "ReduceL1", 2: "ReduceL2", None: "ReduceL2"}.get(order)
+    if kind is None:
+        raise b.refuse(f"a norm of order {order} has no ONNX form here", "Use order 1 or 2.")
+    return reduce(b, kind, _input(b, x), axes, keepdim)
+
+
+@lowers("logsumexp")
+def _logsumexp(b: Lowering, x: Held, axes: Any, keepdim: bool = False) -> Held:
+    return reduce(b, "ReduceLogSumExp", _input(b, x), axes, keepdim)
+
+
+@lowers("cumsum")
+def _cumsum(b: Lowering, x: Held, axis: int, dtype: Any = None) -> Held:
+    x = b.cast(_input(b, x), b.dtype)
+    return b.op("CumSum", x, b.constant(axis_of(axis, x.rank), torch.int64), shape=x.shape)
+
+
+# -- tensors from nothing -------------------------------------------------------------------------------------------
+
+
+def _filled(b: Lowering, value: Any) -> Held:
+    """One value in the traced shape, left to broadcasting."""
+    if isinstance(value, Held):
+        return b.cast(b.squeeze(value), b.dtype)
+    value = _value(b, value, b.dtype)
+    if isinstance(value, Held):
+        return value
+    return Held((1,) * len(b.shape), b.dtype, const=torch.full((1,) * len(b.shape), value, dtype=b._traced().dtype))
+
+
+@lowers("full", "full_like", "new_full", "fill.Scalar", "fill.Tensor")
+def _full(b: Lowering, x: Any, value: Any = None, fill: Any = None, **_: Any) -> Held:
+    assert b.node is not None
+    return _filled(b, fill if "new_full" in str(b.node.target) else value)
+
+
+@lowers("zeros", "zeros_like", "new_zeros", "empty.memory_format", "empty_like", "new_empty", "zero")
+def _zeros(b: Lowering, *_: Any, **__: Any) -> Held:
+    return _filled(b, 0)
+
+
+@lowers("ones", "ones_like", "new_ones")
+def _ones(b: Lowering, *_: Any, **__: Any) -> Held:
+    return _filled(b, 1)
+
+
+@lowers("scalar_tensor")
+def _scalar_tensor(b: Lowering, value: Any, **_: Any) -> Held:
+    return _filled(b, value)
+
+
+@lowers("arange", "arange.start", "arange.start_step")
+def _arange(b: Lowering, start: Any, end: Any = None, step: Any = 1, **_: Any) -> Held:
+    if end is None:
+        start, end = 0, start
+    if start == 0 and step == 1 and b.dtype in (torch.int64, torch.int32):
+        return Held(b.shape, b.dtype, iota=0)
+    bounds = [_value(b, item, b.dtype) for item in (start, end, step)]
+    return b.op("Range", *(item if isinstance(item, Held) else b.constant(item, b.dtype) for item in bounds))

@@ -1,0 +1,204 @@
+"""The ONNX exporter: one lowering, three dialects."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import nn
+
+from calibrate.errors import MissingRuntime, UserError
+from export.contract import Artifact, Contents, Exporter, Runner
+from export.graph import Traceable
+from export.onnx_file import CODES, LIMIT_BYTES, contents, write
+from export.onnx_lowering import Dialect
+from export.onnx_runner import OnnxRunner, OpenVinoRunner, executed_ops, optimized
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["OnnxExporter", "executed_ops", "lower", "open_openvino"]
+
+_FLOAT_KERNELS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv")
+
+
+def lower(
+    source: Traceable,
+    dialect: Dialect = "onnxruntime",
+    dynamic: tuple[str, ...] = ("batch",),
+    batch: int = 1,
+    opset: int = 21,
+    float16: bool | None = None,
+) -> ir.Model:
+    """The model as an ONNX graph, in memory.
+
+    Args:
+        dialect: ``onnxruntime`` (uint8 activations, Sum for bias and residual, MatMulNBits for narrow weights),
+            ``portable`` (the same with standard operators only), ``tensorrt`` (int8 activations with zero point 0, INT4 and
+            INT8 weights, no contributed operators).
+        dynamic: dimensions of the signature that stay symbolic.
+        batch: rows where ``batch`` is not dynamic.
+        float16: compute in float16 (strongly typed; inputs and output stay float32). Default: only for ``tensorrt``.
+
+    Raises:
+        UserError: an operation has no ONNX form, or a dynamic dimension cannot be kept; names the module.
+    """
+    from export.onnx_lowering import Lowering
+
+    half = dialect == "tensorrt" if float16 is None else float16
+    known = {size for spec in source.signature.inputs for size in spec.shape if isinstance(size, str)}
+    for name in dynamic:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError("export.dynamic", f"the inputs have no dimension {name!r}",
+                            f"Nearest: {near[0]}." if near else f"There is: {', '.join(sorted(known))}.")  # fmt: skip
+    program = lowerable(_traced(source, dynamic, batch))
+    lowering = Lowering(program, source.signature, dialect, opset, torch.float16 if half else torch.float32)
+    model = lowering.run(source.signature.output_name)
+    model.producer_name = "transformer-compress"
+    model.graph.name = source.name
+    model.metadata_props["compress.name"] = source.name
+    model.metadata_props["compress.dialect"] = dialect
+    if lowering.codes:
+        model.metadata_props[CODES] = json.dumps(_with_aliases(lowering.codes, source.model), sort_keys=True)
+    model.meta["notes"] = lowering.notes
+    return model
+
+
+def _traced(source: Traceable, dynamic: tuple[str, ...], batch: int) -> Any:
+    try:
+        return source.program(frozenset(dynamic), batch)
+    except Exception as error:
+        if type(error).__module__.startswith("torch._dynamo") or "onstraint" in str(error):
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError("export", f"the model cannot be traced with dynamic {list(dynamic)}: {first}",
+                            "Leave the dimension fixed, or change the model's forward.") from error  # fmt: skip
+        raise
+
+
+def lowerable(program: Any) -> Any:
+    """The program as it is where every operation has a lowering; else with the others decomposed by torch."""
+    from export import onnx_carried, onnx_ops, onnx_ops_nn, onnx_ops_shape  # noqa: F401
+    from export.onnx_lowering import LOWERINGS
+
+    unknown = {str(target) for target in _targets(program.graph)} - LOWERINGS.keys()
+    if not unknown:
+        return program
+    table = {op: how for op, how in torch.export.default_decompositions().items() if str(op) not in LOWERINGS}
+    return program.run_decompositions(table)
+
+
+def _targets(graph: Any) -> Iterator[Any]:
+    for node in graph.nodes:
+        if node.op == "get_attr" and hasattr(inner := getattr(graph.owning_module, node.target, None), "graph"):
+            yield from _targets(inner.graph)
+        name = str(node.target)
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if not name.startswith(("aten._assert", "aten.sym_", "aten._check")):
+                yield node.target
+
+
+def _with_aliases(codes: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Adds the other module paths of layers whose codes are tied."""
+    first: dict[int, str] = {}
+    made = dict(codes)
+    for path, module in _quantized(model):
+        pointer = module.quantized_weight.codes.data_ptr()
+        known = first.setdefault(pointer, path)
+        if path in codes:
+            first[pointer] = known = path
+        if known in codes and path not in codes:
+            made[path] = codes[known]
+    for path, module in _quantized(model):
+        known = first[module.quantized_weight.codes.data_ptr()]
+        if known in codes and path not in made:
+            made[path] = codes[known]
+    return made
+
+
+def _quantized(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "quantized_weight"):
+            yield path, module
+
+
+class OnnxExporter(Exporter):
+    """An ONNX file for CPUs: fast in ONNX Runtime without any session option, and in OpenVINO."""
+
+    format: ClassVar[str] = "onnx"
+    extra: ClassVar[str] = "onnx"
+    filename: ClassVar[str] = "onnx/model.onnx"
+
+    dialect: Literal["onnxruntime", "portable"] = Field(
+        "onnxruntime", description="portable uses standard operators only; onnxruntime adds MatMulNBits for 4- and 2-bit weights."
+    )
+    dynamic: tuple[str, ...] = Field(("batch",), description="Dimensions that stay free: batch, tokens.")
+    batch: PositiveInt = Field(1, description="Rows of the file where batch is not dynamic.")
+    opset: int = Field(21, ge=17, le=25, description="Version of the ONNX operators.")
+    openvino: bool | Literal["auto"] = Field("auto", description="Measure the same file in OpenVINO too; auto: where installed.")
+
+    def missing(self) -> str | None:
+        absent = [name for name in ("onnx", "onnx_ir", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if self.openvino is True and importlib.util.find_spec("openvino") is None:
+            return "openvino is not installed: pip install 'transformer-compress[openvino]'"
+        return f"{', '.join(absent)} not installed: pip install 'transformer-compress[onnx]'" if absent else None
+
+    @property
+    def wants_openvino(self) -> bool:
+        """Whether a second row, the same file in OpenVINO, is wanted and possible."""
+        return self.openvino is True or (self.openvino == "auto" and importlib.util.find_spec("openvino") is not None)
+
+    def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
+        found = []
+        for path, module in _quantized(model):
+            activation = getattr(module, "activation", None)
+            if activation is not None and activation.kind == "dynamic" and activation.bits != 8:
+                found.append((path, f"dynamic activations of {activation.bits} bits have no ONNX form; use 8"))
+        return found
+
+    def write(self, source: Traceable, path: Path) -> Artifact:
+        if (absent := self.missing()) is not None:
+            raise MissingRuntime("export.onnx", absent.split(":")[0], absent.split(": ")[-1])
+        started = time.perf_counter()
+        _traced(source, self.dynamic, self.batch)
+        traced = time.perf_counter()
+        model = lower(source, self.dialect, self.dynamic, self.batch, self.opset)
+        files = write(model, path, self._limit)
+        details = {
+            "opset": self.opset, "dialect": self.dialect, "dynamic": list(self.dynamic), "batch": self.batch,
+            "files": [file.name for file in files], "nodes": len(list(model.graph)), "notes": list(model.meta["notes"]),
+            "trace_s": round(traced - started, 3), "lower_and_write_s": round(time.perf_counter() - traced, 3),
+        }  # fmt: skip
+        return Artifact(self.format, path, sum(file.stat().st_size for file in files), details)
+
+    @property
+    def _limit(self) -> int:
+        return LIMIT_BYTES
+
+    def open(self, path: Path, threads: int) -> Runner:
+        return OnnxRunner(path, threads)
+
+    def open_openvino(self, path: Path, threads: int, precision_hint: str = "f32") -> Runner:
+        """The same file in OpenVINO."""
+        return open_openvino(path, threads, precision_hint)
+
+    def contents(self, path: Path) -> Contents:
+        return contents(path)
+
+    def kept_float(self, path: Path) -> list[str]:
+        """Quantized layers whose product ONNX Runtime runs in floating point, from the graph it would run."""
+        sites = contents(path).codes
+        names = [node.name or "" for node in optimized(path).graph if node.op_type in _FLOAT_KERNELS]
+        return sorted(site for site in sites if any(name.startswith(f"{site}/") for name in names))
+
+
+def open_openvino(path: Path, threads: int, precision_hint: str = "f32") -> Runner:
+    """Opens an ONNX file in OpenVINO on the CPU; ``precision_hint``: "f32", or "bf16" to let it compute in bfloat16."""
+    return OpenVinoRunner(path, threads, precision_hint)
