@@ -66,7 +66,9 @@ def _data(recipe: Recipe) -> Found:
             "tokens is missing",
             "Add `tokens:` with the length that text is padded and cut to, such as 64.",
         )
-    if data.format == "text" and "text" not in data.columns:
+    paths = [split.path for split in (data.calibration, data.evaluation) if split is not None and split.path is not None]
+    plain = bool(paths) and all(path.suffix == ".txt" for path in paths)
+    if data.format == "text" and "text" not in data.columns and not plain:
         yield ("data",), "columns does not say where the text is", "Add `columns: {text: NAME, label: NAME}`."
     if "header" in given and data.format != "text":
         yield ("data", "header"), f"header does not go with format {data.format}", "It is for csv and tsv files."

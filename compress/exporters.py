@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from export.contract import Exporter
+from export.to_coreml import CoreMLExporter
+from export.to_tensorrt import TensorRTExporter
 
 __all__ = ["EXPORTERS", "known_exporters"]
 
-EXPORTERS: tuple[type[Exporter], ...] = ()
+EXPORTERS: tuple[type[Exporter], ...] = (CoreMLExporter, TensorRTExporter)
 
 
 def known_exporters() -> Mapping[str, type[Exporter]]:

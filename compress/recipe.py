@@ -88,6 +88,10 @@ FilePath = Annotated[
 ]
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
 class Section(BaseModel):
     """A part of a recipe: frozen, strict, no unknown keys."""
 
@@ -269,7 +273,9 @@ class Recipe(Section):
     """One run: the model, the data, the passes in order, the files to write, and the contract they must meet."""
 
     name: Annotated[str, Field(pattern=_NAME, max_length=100, examples=["bert-int8"])] = Field(
-        "", description="name of the run (default: the file's name); its folder is runs/<name>"
+        "",
+        description="name of the run (default: the file's name); its folder is runs/<name>",
+        json_schema_extra=_without_default,
     )
     model: Annotated[ModelSpec, Short("source", ModelSource)] = Field(description="the model: its source, or a mapping")
     data: DataSpec = Field(description="calibration and evaluation rows, and how they become inputs")

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from calibrate.errors import UserError
 from compress.passes.contract import Context, Pass, Target
+from compress.passes.quantize import Quantize
 
 __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
-PASSES: tuple[type[Pass], ...] = ()
+PASSES: tuple[type[Pass], ...] = (Quantize,)
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 
 
