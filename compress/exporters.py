@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from export.contract import Exporter
 from export.to_coreml import CoreMLExporter
+from export.to_onnx import OnnxExporter
 from export.to_tensorrt import TensorRTExporter
 
 __all__ = ["EXPORTERS", "known_exporters"]
 
-EXPORTERS: tuple[type[Exporter], ...] = (CoreMLExporter, TensorRTExporter)
+EXPORTERS: tuple[type[Exporter], ...] = (OnnxExporter, CoreMLExporter, TensorRTExporter)
 
 
 def known_exporters() -> Mapping[str, type[Exporter]]:
