@@ -47,14 +47,18 @@ class Npz(Table):
         self._rows = next(iter(lengths.values()))
         if not self._rows:
             raise UserError(name, "has no rows", "")
-        self._labels: list[Any] | None = [row.item() for row in self._read(label, range(self._rows))] if labelled and label else None
+        self._labels: list[Any] | None = (
+            [row.item() for row in self._read(label, range(self._rows))] if labelled and label else None
+        )
 
     def _members(self) -> set[str]:
         try:
             with zipfile.ZipFile(self._path) as archive:
                 return {member.removesuffix(".npy") for member in archive.namelist() if member.endswith(".npy")}
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(self.name, f"is not an npz file that can be read ({error})", "Write it with numpy.savez.") from None
+            raise UserError(
+                self.name, f"is not an npz file that can be read ({error})", "Write it with numpy.savez."
+            ) from None
 
     @property
     def _path(self) -> Path:
@@ -99,15 +103,19 @@ class _Member:
         self._archive = zipfile.ZipFile(self._path)
         self._opened = self._archive.open(f"{self._key}.npy")
         try:
-            version = np.lib.format.read_magic(self._opened)  # type: ignore[no-untyped-call]
+            version = np.lib.format.read_magic(self._opened)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(self._opened)  # type: ignore[no-untyped-call]
+            shape, fortran, dtype = read(self._opened)
         except ValueError as error:
             self.__exit__()
-            raise UserError(self._name, f"the array {self._key} cannot be read ({error})", "Write it with numpy.savez.") from None
+            raise UserError(
+                self._name, f"the array {self._key} cannot be read ({error})", "Write it with numpy.savez."
+            ) from None
         if dtype.hasobject:
             self.__exit__()
-            raise UserError(self._name, f"the array {self._key} holds pickled objects, which are not read", "Give it a plain dtype.")
+            raise UserError(
+                self._name, f"the array {self._key} holds pickled objects, which are not read", "Give it a plain dtype."
+            )
         if fortran:
             self.__exit__()
             hint = "Save numpy.ascontiguousarray(array)."

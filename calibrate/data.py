@@ -1,4 +1,5 @@
-"""Calibration and evaluation rows: read lazily, chosen by seed or by number, fingerprinted, in batches of named tensors."""
+"""Calibration and evaluation rows: read lazily, chosen by seed or by number, fingerprinted, in batches of named
+tensors."""
 
 from __future__ import annotations
 
@@ -108,7 +109,8 @@ class Rows:
         return len(self.indices)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Batches of ``size`` data rows (the last one may be smaller), so of ``group * size`` rows of each input tensor."""
+        """Batches of ``size`` data rows (the last one may be smaller), so of ``group * size`` rows of each input
+        tensor."""
         reader = self.table.items(self.indices)
         for start in range(0, len(self), size):
             part = self.indices[start : start + size]
@@ -156,7 +158,8 @@ def select(total: int, selection: Selection, *, seed: int = 0, where: str = "", 
         selection: which of them.
         seed: of the shuffled order that a count is taken from.
         where: names the data in messages.
-        from_end: take a count from the end of the shuffled order, so that two counts out of one table share no row as long
+        from_end: take a count from the end of the shuffled order, so that two counts out of one table share no row as
+            long
             as both fit.
 
     Raises:
@@ -171,9 +174,13 @@ def select(total: int, selection: Selection, *, seed: int = 0, where: str = "", 
             raise UserError(where, f"rows {start}:{stop} of {total} rows", hint)
         return list(range(start, stop))
     if not isinstance(selection, int) or isinstance(selection, bool):
-        raise UserError(where, f"rows: {selection!r} is not a choice of rows", "Give all, a count, or a range start:stop.")
+        raise UserError(
+            where, f"rows: {selection!r} is not a choice of rows", "Give all, a count, or a range start:stop."
+        )
     if not 0 < selection <= total:
-        raise UserError(where, f"{selection} rows asked for, there are {total}", f"Give a count from 1 to {total}, or all.")
+        raise UserError(
+            where, f"{selection} rows asked for, there are {total}", f"Give a count from 1 to {total}, or all."
+        )
     order = np.random.default_rng(seed).permutation(total)
     return sorted(int(index) for index in (order[-selection:] if from_end else order[:selection]))
 
@@ -185,10 +192,12 @@ def overlap(a: Rows, b: Rows) -> int:
 
 
 def check_apart(calibration: Rows, evaluation: Rows) -> int:
-    """Refuses calibration rows that are evaluated too; returns how many evaluation rows have a twin among them by content.
+    """Refuses calibration rows that are evaluated too; returns how many evaluation rows have a twin among them by
+    content.
 
     Raises:
-        UserError: a row of one file is in both, or half of the rows of either are in the other by content (a copied file).
+        UserError: a row of one file is in both, or half of the rows of either are in the other by content (a copied
+            file).
     """
     where = f"{calibration.table.name} and {evaluation.table.name}"
     if _same_table(calibration.table, evaluation.table):
@@ -199,11 +208,15 @@ def check_apart(calibration: Rows, evaluation: Rows) -> int:
     twins = overlap(calibration, evaluation)
     if 2 * min(twins, overlap(evaluation, calibration)) >= min(len(calibration), len(evaluation)):
         hint = "Evaluation must use rows that calibration has not seen; give other rows or another file."
-        raise UserError(where, f"{twins} of {len(evaluation)} evaluation rows have the same content as calibration rows", hint)
+        raise UserError(
+            where, f"{twins} of {len(evaluation)} evaluation rows have the same content as calibration rows", hint
+        )
     return twins
 
 
-def from_tensors(batch: Mapping[str, Tensor], labels: Tensor | None = None, name: str = "tensors", group: int = 1) -> Rows:
+def from_tensors(
+    batch: Mapping[str, Tensor], labels: Tensor | None = None, name: str = "tensors", group: int = 1
+) -> Rows:
     """Rows of tensors in memory: inputs by name, each [rows * group, ...]."""
     table = _Tensors(dict(batch), name, group)
     return Rows(table, _Stack(list(batch), group), range(len(table)), labels)
@@ -232,7 +245,9 @@ class _Stack(Encoder):
         self.names, self.group = names, group
 
     def encode(self, items: Sequence[Item], places: Sequence[str]) -> Batch:
-        return {name: torch.from_numpy(np.concatenate([item[i] for item in items])) for i, name in enumerate(self.names)}
+        return {
+            name: torch.from_numpy(np.concatenate([item[i] for item in items])) for i, name in enumerate(self.names)
+        }
 
     def describe(self) -> dict[str, Any]:
         return {"inputs": self.names}

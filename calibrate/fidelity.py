@@ -36,8 +36,8 @@ class Fidelity:
     """
 
     def __init__(self, classes: bool | None = None) -> None:
-        """``classes``: whether the last dimension holds scores of classes, so that its largest one is an answer. By default
-        it is taken to if it is longer than 1; say False for embeddings."""
+        """``classes``: whether the last dimension holds scores of classes, so that its largest one is an answer. By
+        default it is taken to if it is longer than 1; say False for embeddings."""
         self._classes = classes
         self._signal = self._noise = self._other = self._dot = 0.0
         self._largest = 0.0
@@ -75,7 +75,8 @@ class Fidelity:
 
     @property
     def sqnr_db(self) -> float:
-        """``10 log10(sum reference**2 / sum (reference - other)**2)``: inf when equal, -inf when the other is not finite."""
+        """``10 log10(sum reference**2 / sum (reference - other)**2)``: inf when equal, -inf when the other is not
+        finite."""
         return _decibel(self._signal, self._noise)
 
     @property
@@ -104,7 +105,8 @@ class Fidelity:
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
-    """``10 log10(sum reference**2 / sum (reference - other)**2)``, any shape; inf when equal, -inf when ``other`` is not finite."""
+    """``10 log10(sum reference**2 / sum (reference - other)**2)``, any shape; inf when equal, -inf when ``other`` is
+    not finite."""
     reference, other = reference.detach().double(), other.detach().double()
     return _decibel(float(reference.square().sum()), float((reference - other).square().sum()))
 
@@ -122,7 +124,8 @@ def cosine(reference: Tensor, other: Tensor) -> float:
 
 
 def agreement(reference: Tensor, other: Tensor) -> float | None:
-    """Share of rows [..., C] whose largest score is the same class; None for single scores (C = 1, or no dimension for it)."""
+    """Share of rows [..., C] whose largest score is the same class; None for single scores (C = 1, or no dimension
+    for it)."""
     if reference.dim() < 2 or reference.shape[-1] < 2:
         return None
     return float(_same_answer(reference, other).double().mean())

@@ -77,8 +77,8 @@ class ImageFolder(Table):
 class ImageEncoder(Encoder):
     """Image files (bytes) to float32 [B, channels, height, width]: ``(pixel * scale - mean) / std``.
 
-    An image is first resized to ``resize`` ([height, width], or its shortest edge to one number), then, if its size is another,
-    cut in the middle (``crop``) or resized to ``size``.
+    An image is first resized to ``resize`` ([height, width], or its shortest edge to one number), then, if its size
+    is another, cut in the middle (``crop``) or resized to ``size``.
     """
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
@@ -109,7 +109,11 @@ class ImageEncoder(Encoder):
             with Image.open(io.BytesIO(raw)) as opened:
                 image = opened.convert("L" if settings["channels"] == 1 else "RGB")
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            what = "is not an image that can be read" if isinstance(error, UnidentifiedImageError) else f"is damaged ({error})"
+            what = (
+                "is not an image that can be read"
+                if isinstance(error, UnidentifiedImageError)
+                else f"is damaged ({error})"
+            )
             raise UserError(place, what, "Repair or remove it.") from None
         filter_number = Image.Resampling(_RESAMPLING[settings["interpolation"]])
         image = _fitted(image, settings["resize"], settings["size"], bool(settings["crop"]), filter_number)

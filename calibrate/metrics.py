@@ -1,8 +1,8 @@
 """Task metrics with 95 % confidence intervals, and the paired difference of two models on the same rows.
 
-A metric turns a batch of outputs into a few numbers per row of data (whether it was right, a score and its label, a sum of
-log-likelihoods), so that outputs need not be kept; figures and intervals are made from those. Shapes: B rows of a batch,
-C classes, T tokens, V vocabulary, N rows in all, K numbers kept per row.
+A metric turns a batch of outputs into a few numbers per row of data (whether it was right, a score and its label, a
+sum of log-likelihoods), so that outputs need not be kept; figures and intervals are made from those. Shapes: B rows
+of a batch, C classes, T tokens, V vocabulary, N rows in all, K numbers kept per row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from calibrate.errors import UserError
 from calibrate.fidelity import Estimate, wilson
 from calibrate.signature import Batch
 
-__all__ = ["METRICS", "Accuracy", "Correlation", "Estimate", "F1", "Metric", "Perplexity", "metric", "paired_drop"]
+__all__ = ["F1", "METRICS", "Accuracy", "Correlation", "Estimate", "Metric", "Perplexity", "metric", "paired_drop"]
 
 _RESAMPLES = 1000
 _Z = 1.959963984540054
@@ -59,15 +59,15 @@ class Metric(ABC):
 
     @abstractmethod
     def drop(self, reference: Tensor, other: Tensor) -> Estimate:
-        """How much worse the other model is on the same rows; positive is worse. In the metric's own unit, for perplexity
-        relative (0.1 is ten percent higher)."""
+        """How much worse the other model is on the same rows; positive is worse. In the metric's own unit, for
+        perplexity relative (0.1 is ten percent higher)."""
 
 
 class Accuracy(Metric):
     """Share of rows whose label is among the ``top`` largest scores.
 
-    Interval: Wilson's; of the difference: adjusted Wald for paired proportions (Bonett and Price 2012, J. Educ. Behav. Stat.
-    37, p. 479, eq. 5), from the rows that only one of the two has right.
+    Interval: Wilson's; of the difference: adjusted Wald for paired proportions (Bonett and Price 2012, J. Educ.
+        Behav. Stat. 37, p. 479, eq. 5), from the rows that only one of the two has right.
     """
 
     def __init__(self, top: int = 1) -> None:
@@ -94,14 +94,16 @@ class Accuracy(Metric):
         first, second = (lost + 1) / (rows + 2), (won + 1) / (rows + 2)
         half = _Z * math.sqrt((first + second - (first - second) ** 2) / (rows + 2))
         middle = first - second
-        return Estimate((lost - won) / rows, max(middle - half, -1.0), min(middle + half, 1.0), rows, "paired adjusted wald")
+        return Estimate(
+            (lost - won) / rows, max(middle - half, -1.0), min(middle + half, 1.0), rows, "paired adjusted wald"
+        )
 
 
 class F1(Metric):
     """F1: of class 1 where there are two classes, else (or with ``macro``) the mean over the classes that occur.
 
-    Interval: bootstrap over rows, percentile, 1000 resamples. A resample of rows is a draw of the counts of their distinct
-    (prediction, label) pairs, which is what is drawn.
+    Interval: bootstrap over rows, percentile, 1000 resamples. A resample of rows is a draw of the counts of their
+        distinct (prediction, label) pairs, which is what is drawn.
     """
 
     def __init__(self, macro: bool = False) -> None:
@@ -115,14 +117,14 @@ class F1(Metric):
         return torch.stack((predicted.double(), labels.double(), classes.double()), 1)
 
     def estimate(self, statistics: Tensor) -> Estimate:
-        cells, counts = statistics.unique(dim=0, return_counts=True)
+        cells, counts = torch.unique(statistics, dim=0, return_counts=True)
         draws = _draw_counts(counts)
         value = self._score(cells[:, 0], cells[:, 1], cells, counts.double().unsqueeze(0))
         return _bootstrapped(value, self._score(cells[:, 0], cells[:, 1], cells, draws), len(statistics))
 
     def drop(self, reference: Tensor, other: Tensor) -> Estimate:
         rows = _same_rows(reference, other)
-        cells, counts = torch.cat((reference, other[:, :1]), 1).unique(dim=0, return_counts=True)
+        cells, counts = torch.unique(torch.cat((reference, other[:, :1]), 1), dim=0, return_counts=True)
 
         def lost(weights: Tensor) -> Tensor:
             first = self._score(cells[:, 0], cells[:, 1], cells, weights)
@@ -149,8 +151,9 @@ class F1(Metric):
 class Correlation(Metric):
     """Pearson's or Spearman's correlation of the model's scores with the labels.
 
-    The score of a row is the output itself (a regression head: [B] or [B, 1]), or the cosine of the two embeddings of a pair
-    (outputs [2 * rows, C] in the order a0, b0, a1, b1 ...). Interval: bootstrap over rows, percentile, 1000 resamples.
+    The score of a row is the output itself (a regression head: [B] or [B, 1]), or the cosine of the two embeddings of
+    a pair (outputs [2 * rows, C] in the order a0, b0, a1, b1 ...). Interval: bootstrap over rows, percentile, 1000
+    resamples.
     """
 
     def __init__(self, ranks: bool) -> None:
@@ -196,8 +199,8 @@ class Correlation(Metric):
 class Perplexity(Metric):
     """``exp`` of the mean negative log-likelihood of each token given those before it; padded tokens do not count.
 
-    Outputs are logits [B, T, V]; the labels are the input ids, shifted by one. Interval: bootstrap over rows (tokens of a row
-    depend on each other), percentile, 1000 resamples.
+    Outputs are logits [B, T, V]; the labels are the input ids, shifted by one. Interval: bootstrap over rows (tokens
+    of a row depend on each other), percentile, 1000 resamples.
     """
 
     name = "perplexity"
@@ -259,7 +262,9 @@ def metric(name: str) -> Metric:
     return METRICS[name]()
 
 
-def paired_drop(metric: Metric, labels: Tensor | None, reference: Tensor, other: Tensor, batch: Batch | None = None) -> Estimate:
+def paired_drop(
+    metric: Metric, labels: Tensor | None, reference: Tensor, other: Tensor, batch: Batch | None = None
+) -> Estimate:
     """``Metric.drop`` from the outputs themselves: both models' on the same rows, [B, ...]."""
     batch = batch or {}
     return metric.drop(metric.rows(reference, batch, labels), metric.rows(other, batch, labels))
@@ -270,7 +275,9 @@ def _classes(name: str, outputs: Tensor, labels: Tensor | None) -> Tensor:
         raise _unlabelled(name)
     if outputs.dim() != 2 or len(outputs) != len(labels) or labels.is_floating_point():
         what = f"{name} needs one row of class scores for each class label, the output is {list(outputs.shape)}"
-        raise UserError("data.metric", what, "Give metric: spearman or pearson for scores, perplexity for language models.")
+        raise UserError(
+            "data.metric", what, "Give metric: spearman or pearson for scores, perplexity for language models."
+        )
     if int(labels.max()) >= outputs.shape[1] or int(labels.min()) < 0:
         what = f"label {int(labels.max())} and the model has {outputs.shape[1]} classes"
         raise UserError("data", what, "Labels are numbered from 0 in the order of the model's classes.")
@@ -278,7 +285,9 @@ def _classes(name: str, outputs: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _unlabelled(name: str) -> UserError:
-    return UserError("data", f"metric {name} needs labels, the rows have none", "Name the label column under data.columns.")
+    return UserError(
+        "data", f"metric {name} needs labels, the rows have none", "Name the label column under data.columns."
+    )
 
 
 def _same_rows(reference: Tensor, other: Tensor) -> int:
@@ -326,7 +335,8 @@ def _resampled(score: Callable[[Tensor], Tensor], rows: int) -> Tensor:
 
 
 def _draw_counts(counts: Tensor) -> Tensor:
-    """How often each of the cells is drawn when as many rows as there are are drawn with replacement, [resamples, cells]."""
+    """How often each of the cells is drawn when as many rows as there are are drawn with replacement, [resamples,
+    cells]."""
     import numpy as np
 
     total = int(counts.sum())

@@ -112,7 +112,9 @@ class Delimited(_Lines):
         with _opened(self.path, self.name) as file:
             csv.field_size_limit(2**31 - 1)
             lines = _decoded(file, self.name)
-            reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
+            reader = (
+                csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
+            )
             try:
                 for row in reader:
                     if row:
@@ -139,7 +141,9 @@ class Delimited(_Lines):
                 positions.append(names.index(column))
         if self._header and isinstance(self._label, int) and _is_number(first[self._label]):
             hint = "Give header: false if it is one."
-            raise UserError(f"{self.name}:{line}", f"the first line looks like a row (its label is {first[self._label]})", hint)
+            raise UserError(
+                f"{self.name}:{line}", f"the first line looks like a row (its label is {first[self._label]})", hint
+            )
         return positions
 
 
@@ -163,11 +167,11 @@ class JsonLines(_Lines):
         for column in (*self._cells, self._label):
             if column is not None and column not in row:
                 raise missing_column(where, column, list(row))
-        cells = tuple(row[column] for column in self._cells)  # type: ignore[index]
+        cells = tuple(row[column] for column in self._cells)
         for column, cell in zip(self._cells, cells, strict=True):
             if not isinstance(cell, str):
                 raise UserError(where, f"{column} is {type(cell).__name__}, not text", "")
-        return cells, None if self._label is None else row[self._label]  # type: ignore[index]
+        return cells, None if self._label is None else row[self._label]
 
 
 class Windows(Table):
@@ -187,7 +191,9 @@ class Windows(Table):
         whole = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
         count = len(whole) // tokens
         if not count:
-            raise UserError(name, f"has {len(whole)} tokens, a row needs {tokens}", "Give a longer text, or a smaller tokens.")
+            raise UserError(
+                name, f"has {len(whole)} tokens, a row needs {tokens}", "Give a longer text, or a smaller tokens."
+            )
         self._left = len(whole) - count * tokens
         self._windows = whole[: count * tokens].reshape(count, tokens)
 
@@ -204,7 +210,8 @@ class Windows(Table):
 class TextEncoder(Encoder):
     """Texts to the tokenizer's tensors, padded or cut to ``tokens``.
 
-    ``pairing`` of rows with two texts: ``joint`` is one input with both, ``separate`` is two inputs (a0, b0, a1, b1 ...).
+    ``pairing`` of rows with two texts: ``joint`` is one input with both, ``separate`` is two inputs (a0, b0, a1, b1
+    ...).
     """
 
     ragged = True
@@ -272,7 +279,9 @@ def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{name}:{number}", f"is not UTF-8 (byte {error.start})", "Save the file as UTF-8.") from None
+            raise UserError(
+                f"{name}:{number}", f"is not UTF-8 (byte {error.start})", "Save the file as UTF-8."
+            ) from None
 
 
 def _pieces(lines: Iterable[str], size: int = 1 << 20) -> Iterator[str]:

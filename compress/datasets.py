@@ -1,4 +1,5 @@
-"""The recipe's ``data`` section to calibration and evaluation rows that fit the model, and the metric they are judged by."""
+"""The recipe's ``data`` section to calibration and evaluation rows that fit the model, and the metric they are judged
+by."""
 
 from __future__ import annotations
 
@@ -109,7 +110,9 @@ def build_rows(
         return digits_rows("test" if last else "calibration", part.selection, recipe.seed)
     if part.path is None:
         raise UserError(recipe.place("data", split), f"{split} names no path", "Give path: a file or folder.")
-    table, encoder = _READERS[spec.format](_Request(spec, part.path, recipe, source, tables if tables is not None else {}))
+    table, encoder = _READERS[spec.format](
+        _Request(spec, part.path, recipe, source, tables if tables is not None else {})
+    )
     indices = select(len(table), part.selection, seed=recipe.seed, where=f"{where}.rows", from_end=last)
     labels = _labels(table, indices, source, spec)
     return Rows(table, encoder, indices, labels, _chosen(part, recipe.seed))
@@ -123,8 +126,18 @@ def metric_for(name: str, source: Source, rows: Rows | None) -> Metric | None:
     """
     labelled = rows is not None and rows.labels is not None
     if name == "auto":
-        usual = {"image-classification": "accuracy", "text-classification": "accuracy", "sentence-embedding": "spearman"}
-        name = "perplexity" if source.task == "causal-lm" else usual.get(source.task, "agreement") if labelled else "agreement"
+        usual = {
+            "image-classification": "accuracy",
+            "text-classification": "accuracy",
+            "sentence-embedding": "spearman",
+        }
+        name = (
+            "perplexity"
+            if source.task == "causal-lm"
+            else usual.get(source.task, "agreement")
+            if labelled
+            else "agreement"
+        )
         if name == "accuracy" and rows is not None and rows.labels is not None and rows.labels.is_floating_point():
             name = "spearman"
     if name == "agreement":
@@ -134,7 +147,9 @@ def metric_for(name: str, source: Source, rows: Rows | None) -> Metric | None:
         hint = "Name the label column under data.columns, or give metric: agreement."
         raise UserError("data.metric", f"{name} needs labels, and {rows.table.name} has none", hint)
     if name in ("spearman", "pearson") and source.task == "sentence-embedding" and rows is not None and rows.group != 2:
-        raise UserError("data.metric", f"{name} of embeddings needs pairs of sentences", "Name the column pair under data.columns.")
+        raise UserError(
+            "data.metric", f"{name} of embeddings needs pairs of sentences", "Name the column pair under data.columns."
+        )
     return chosen
 
 
@@ -169,7 +184,9 @@ class _Request:
 
     def no_fit(self, needs: str) -> UserError:
         what = f"format {self.spec.format} gives {needs}, {self.source.name} takes {', '.join(self.names)}"
-        return UserError(self.recipe.place("data", "format"), what, "Use format: arrays, with one array for each input.")
+        return UserError(
+            self.recipe.place("data", "format"), what, "Use format: arrays, with one array for each input."
+        )
 
 
 def _text(request: _Request) -> tuple[Table, Encoder]:
@@ -196,7 +213,7 @@ def _text(request: _Request) -> tuple[Table, Encoder]:
 def _parquet(request: _Request) -> tuple[Table, Encoder]:
     from calibrate.parquet import Parquet
 
-    if "text" in request.columns or request.source.tokenizer is not None and "image" not in request.columns:
+    if "text" in request.columns or (request.source.tokenizer is not None and "image" not in request.columns):
         cells, label = _text_columns(request)
         table = request.table(lambda file, name: Parquet(file, name, cells, label), tuple(cells), label)
         return table, _text_encoder(request, len(cells))
@@ -290,18 +307,24 @@ def _image_encoder(request: _Request) -> Encoder:
     sizes = [size for size in shape[2:] if isinstance(size, int)]
     size = own["size"] = _pair(spec.image_size) or (sizes if len(sizes) == 2 else own.get("size"))
     own["channels"] = spec.channels or (shape[1] if isinstance(shape[1], int) else own.get("channels", 3))
-    said = {"mean": spec.mean, "std": spec.std, "crop": spec.crop, "interpolation": spec.interpolation}
+    said: dict[str, Any] = {"mean": spec.mean, "std": spec.std, "crop": spec.crop, "interpolation": spec.interpolation}
     said["resize"] = list(spec.resize) if isinstance(spec.resize, tuple) else spec.resize
-    stated = {key: list(value) if isinstance(value, tuple) else value for key, value in said.items() if value is not None}
+    stated = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in said.items() if value is not None
+    }
     own |= stated
     if stated:
         own["from"] = f"{own.get('from')}; the recipe: {', '.join(stated)}"
     for key in ("mean", "std"):
         if own.get(key) is None:
             hint = f"Give {key}: [0.5], say, for pixels in 0..1."
-            raise UserError(request.recipe.place("data"), f"nothing states the {key} of the pixels for {request.source.name}", hint)
+            raise UserError(
+                request.recipe.place("data"), f"nothing states the {key} of the pixels for {request.source.name}", hint
+            )
     if size is None:
-        raise UserError(request.recipe.place("data"), "nothing states the size of the images", "Give image_size: 224, say.")
+        raise UserError(
+            request.recipe.place("data"), "nothing states the size of the images", "Give image_size: 224, say."
+        )
     if sizes and list(size) != sizes:
         what = f"image_size {list(size)}, {request.source.name} takes {sizes}"
         raise UserError(request.recipe.place("data", "image_size"), what, "Leave it out, or take the model's size.")
@@ -354,4 +377,8 @@ def _nearest_entry(file: Path) -> str:
 
     names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
     near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4)
-    return f"Nearest: {', '.join(near)}." if near else f"{file.parent} {'has no such file' if names else 'does not exist'}."
+    return (
+        f"Nearest: {', '.join(near)}."
+        if near
+        else f"{file.parent} {'has no such file' if names else 'does not exist'}."
+    )

@@ -16,12 +16,13 @@ _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "
 
 
 def hf_preprocessing(transformers: Any, config: Any, folder: Path) -> dict[str, Any]:
-    """Settings for ``calibrate.images.ImageEncoder`` out of ``preprocessor_config.json``; what that leaves open (all, where
-    there is no such file) is taken from the class that transformers uses for the architecture, at the model's image size.
+    """Settings for ``calibrate.images.ImageEncoder`` out of ``preprocessor_config.json``; what that leaves open (all,
+    where there is no such file) is taken from the class that transformers uses for the architecture, at the model's
+    image size.
 
-    Keys: ``size`` [height, width] of the result, ``channels``, ``mean``, ``std`` (lists, or None where nothing states them),
-    ``scale`` (factor on the bytes), ``interpolation``, ``resize`` ([height, width], or the length of the shortest edge),
-    ``crop`` (whether ``size`` is cut from the middle), ``from`` (who says so).
+    Keys: ``size`` [height, width] of the result, ``channels``, ``mean``, ``std`` (lists, or None where nothing states
+        them), ``scale`` (factor on the bytes), ``interpolation``, ``resize`` ([height, width], or the length of the
+        shortest edge), ``crop`` (whether ``size`` is cut from the middle), ``from`` (who says so).
     """
     path = folder / "preprocessor_config.json"
     defaults, named = _class_defaults(transformers, config.model_type)

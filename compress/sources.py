@@ -38,7 +38,8 @@ class Source:
         classes: scores in the output, where those are scores of classes; 1 for a regression head; None if unknown.
         labels: class number to name, where the model says them.
         tokenizer: the model's own, for text.
-        preprocessing: how images become its input: size [height, width], mean, std, channels, interpolation, resize, from.
+        preprocessing: how images become its input: size [height, width], mean, std, channels, interpolation, resize,
+            from.
         max_tokens: the longest text the model takes.
         notes: what a report must say of the model, such as that its weights are random.
         files: small files that ``save_files`` copies: path here -> name there.
@@ -223,7 +224,7 @@ def digest_tensors(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         whole.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return whole.hexdigest()
 
 
@@ -235,7 +236,9 @@ def check_finite(model: nn.Module, where: str) -> None:
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(where, f"the weight {name} holds NaN or infinity", "The file is damaged, or training diverged.")
+            raise UserError(
+                where, f"the weight {name} holds NaN or infinity", "The file is damaged, or training diverged."
+            )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -255,7 +258,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again.") from None
+        raise UserError(
+            str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again."
+        ) from None
 
 
 def random_images(shape: tuple[int, ...], seed: int = 0) -> Tensor:

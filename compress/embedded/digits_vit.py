@@ -1,6 +1,7 @@
 """A vision transformer for 8x8 images of handwritten digits: 0.2 M parameters, plain torch.
 
-Shapes: B batch, T tokens (17: 16 patches of 2x2 pixels and the class token), C channels (64), H heads (4), D head width (16).
+Shapes: B batch, T tokens (17: 16 patches of 2x2 pixels and the class token), C channels (64), H heads (4), D head
+    width (16).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return projected
 
 
 class Mlp(nn.Module):
@@ -36,7 +38,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        down: Tensor = self.fc2(self.act(self.fc1(x)))
+        return down
 
 
 class Block(nn.Module):
@@ -49,7 +52,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        mixed: Tensor = x + self.mlp(self.norm2(x))
+        return mixed
 
 
 class DigitsViT(nn.Module):

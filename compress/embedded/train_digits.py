@@ -1,7 +1,8 @@
 """Trains the digits model that ships with the package: ``python -m compress.embedded.train_digits FOLDER``.
 
-Needs scikit-learn for the images (``sklearn.datasets.load_digits``) unless ``FOLDER`` already holds ``digits.npz``. About two
-minutes on one CPU core; the seed and the schedule are fixed, the last epoch is kept, and nothing is chosen by the test rows.
+Needs scikit-learn for the images (``sklearn.datasets.load_digits``) unless ``FOLDER`` already holds ``digits.npz``.
+About two minutes on one CPU core; the seed and the schedule are fixed, the last epoch is kept, and nothing is chosen
+by the test rows.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def train(images: Tensor, labels: Tensor, seed: int = 0, epochs: int = EPOCHS) -
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.15)
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
-        for chosen in order[: len(images) // BATCH * BATCH].split(BATCH):
+        for chosen in torch.split(order[: len(images) // BATCH * BATCH], BATCH):
             loss = F.cross_entropy(model(augment(images[chosen], generator)), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
