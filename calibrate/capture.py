@@ -1,0 +1,227 @@
+"""Runs batches once through a model and gathers statistics of what named modules receive; leaves no hook behind."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.errors import UserError
+from calibrate.ranges import Observer
+from calibrate.signature import Batch
+
+__all__ = ["Captured", "capture", "counted", "split"]
+
+Call = Callable[[nn.Module, Batch], Any]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one sweep gathered.
+
+    Attributes:
+        observers: for each requested path its observers; sites that see the same tensor hold the same objects.
+        shared: for each path whose tensor another site saw before it, that site.
+        rows: how many rows went through the model.
+        padding_counted: sites whose input has no [batch, tokens] layout although the batches carry an attention mask,
+            so that padded positions could not be told apart there.
+        silent: requested paths that never ran.
+    """
+
+    observers: Mapping[str, Sequence[Observer]]
+    shared: Mapping[str, str]
+    rows: int
+    padding_counted: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+
+
+def capture(
+    model: nn.Module,
+    call: Call,
+    batches: Iterable[Batch],
+    requests: Mapping[str, Sequence[Observer]],
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Captured:
+    """Feeds what the module at each path receives, as [N, C], to the observers requested there: one sweep for all.
+
+    Positions whose ``attention_mask`` is 0 do not count where the input is [batch, tokens, ...] or [batch * tokens, C].
+    Inputs of convolutions are taken with their channels last. Nothing is stored but the observers' own states, so that
+    memory does not grow with the number of rows. The model runs in eval mode and ``torch.inference_mode``; its modes
+    are put back and the hooks taken off in any case.
+
+    Args:
+        call: runs the model on one batch.
+        batch_size: batches are cut into pieces of at most this many rows; None leaves them.
+        progress: is told the number of rows done.
+
+    Raises:
+        UserError: there is no batch, or a counted position holds NaN or infinity (names the site, the batch, the row).
+    """
+    pieces = iter(split(batches, batch_size))
+    first = next(pieces, None)
+    if first is None:
+        raise UserError("calibration", "there are no rows", "Name at least one row under data.calibration.")
+    with _measuring(model):
+        leaders = _probe(model, call, first, requests)
+        sweep = _Sweep({path: requests[path] for path in requests if leaders.get(path, path) == path})
+        with _hooks(model, sweep.requests, sweep.observe):
+            for number, batch in enumerate(itertools.chain([first], pieces)):
+                sweep.start(number, batch)
+                call(model, batch)
+                progress(sweep.rows)
+    shared = {path: leader for path, leader in leaders.items() if path != leader}
+    return Captured(
+        observers={path: requests[shared.get(path, path)] for path in requests},
+        shared=shared,
+        rows=sweep.rows,
+        padding_counted=tuple(path for path in sweep.requests if path in sweep.unmasked),
+        silent=tuple(path for path in requests if shared.get(path, path) not in sweep.ran),
+    )
+
+
+def split(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
+    """The same rows in batches of at most ``size`` rows."""
+    for batch in batches:
+        rows = _rows(batch)
+        for start in range(0, rows, size or max(rows, 1)):
+            yield {name: tensor[start : start + (size or rows)] for name, tensor in batch.items()}
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which positions of ``x`` count: booleans over its leading dimensions; None where the mask does not fit: all do.
+
+    Args:
+        x: [B, T, ..., C] or [B * T, C].
+        mask: [B, T], zero where padded.
+    """
+    if mask is None or mask.dim() != 2:
+        return None
+    if x.dim() >= 3 and x.shape[:2] == mask.shape:
+        return mask != 0
+    if x.dim() == 2 and mask.shape[1] > 1 and x.shape[0] == mask.numel():
+        return mask.reshape(-1) != 0
+    return None
+
+
+@dataclass
+class _Sweep:
+    """Where the sweep is: the batch, its mask, its first row; and which sites ran."""
+
+    requests: Mapping[str, Sequence[Observer]]
+    rows: int = 0
+    number: int = 0
+    size: int = 0
+    mask: Tensor | None = None
+    ran: set[str] = field(default_factory=set)
+    unmasked: set[str] = field(default_factory=set)
+
+    def start(self, number: int, batch: Batch) -> None:
+        self.number, self.size, self.mask = number, _rows(batch), batch.get("attention_mask")
+        self.rows += self.size
+
+    def observe(self, path: str, module: nn.Module, x: Tensor) -> None:
+        self.ran.add(path)
+        valid = counted(x, self.mask)
+        if valid is None and self.mask is not None:
+            self.unmasked.add(path)
+        values = _channels_last(module, x)
+        matrix = (values if valid is None else values[valid.to(values.device)]).reshape(-1, values.shape[-1])
+        if matrix.numel() == 0:
+            return
+        low, high = torch.aminmax(matrix)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise self._broken(path, values, valid)
+        for observer in self.requests[path]:
+            observer.update(matrix)
+
+    def _broken(self, path: str, values: Tensor, valid: Tensor | None) -> UserError:
+        bad = ~values.isfinite()
+        if valid is not None:
+            bad &= valid.to(bad.device).reshape(*valid.shape, *[1] * (bad.dim() - valid.dim()))
+        position = int(bad.reshape(bad.shape[0], -1).any(1).nonzero()[0])
+        kind = "NaN" if bool((values.isnan() & bad).any()) else "infinity"
+        where = f"batch {self.number}"
+        if values.shape[0] % self.size == 0:
+            row = self.rows - self.size + position * self.size // values.shape[0]
+            where += f", row {row} of the calibration rows (counted from 0)"
+        return UserError(
+            path,
+            f"{kind} in its input in {where}",
+            "Take that row out, or mend the model: it is not quantized here yet.",
+        )
+
+
+def _probe(model: nn.Module, call: Call, batch: Batch, requests: Mapping[str, Sequence[Observer]]) -> dict[str, str]:
+    """For each path that runs on one row, the first site that is asked the same and receives the very same tensors."""
+    seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+    received: dict[str, list[int]] = {path: [] for path in requests}
+    numbers = itertools.count()
+
+    def note(path: str, module: nn.Module, x: Tensor) -> None:
+        known = seen.get(id(x))
+        if known is None or known[0]() is not x:
+            known = seen[id(x)] = (weakref.ref(x), next(numbers))
+        received[path].append(known[1])
+
+    with _hooks(model, requests, note):
+        call(model, {name: tensor[:1] for name, tensor in batch.items()})
+    leaders: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for path, tensors in received.items():
+        if tensors:
+            asked = tuple(observer.key for observer in requests[path])
+            layout = _channel_axis(model.get_submodule(path))
+            found[path] = leaders.setdefault((tuple(tensors), asked, layout), path)
+    return found
+
+
+@contextmanager
+def _hooks(model: nn.Module, paths: Iterable[str], visit: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            visit(path, module, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+        return before
+
+    handles = []
+    try:
+        for path in paths:
+            handles.append(model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode and inference mode; each module's own mode is put back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _channel_axis(module: nn.Module) -> int:
+    return 1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1
+
+
+def _channels_last(module: nn.Module, x: Tensor) -> Tensor:
+    return x.detach().movedim(_channel_axis(module), -1)
+
+
+def _rows(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]

@@ -1,0 +1,97 @@
+"""Round-to-nearest: scales for a weight, its codes, and what the rounding cost. Tensors in, tensors out.
+
+Shapes: O outputs, I inputs, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calibrate.grid import Grid
+from calibrate.ranges import storable
+
+__all__ = ["WeightRange", "codes_of", "rounding_loss", "scales_of"]
+
+WeightRange = Literal["minmax", "mse"]
+
+_PIECE = 2**20
+_SEARCH = {8: (0.8, 21), 4: (0.5, 51), 2: (0.2, 81)}
+"""Bits -> the smallest fraction of the range that is tried, and how many fractions."""
+
+
+def scales_of(weight: Tensor, grid: Grid, how: WeightRange) -> tuple[Tensor, Tensor | None]:
+    """Scale (float32) and zero point (int8 or None) for a weight of any rank seen as [O, I], in the layout of ``Grid``.
+
+    ``minmax`` covers every weight. ``mse`` shrinks the range of each channel or group by the fraction that returns it
+    with the least squared error (Nagel et al. 2021, arXiv 2106.08295, sec. 3.1): the fraction 1 is among those tried,
+    so no channel gets worse.
+    """
+    parts = [_scales(piece, grid, how) for piece in _pieces(weight, grid)]
+    scale = torch.cat([part[0] for part in parts])
+    zero_points = [part[1] for part in parts if part[1] is not None]
+    return scale, torch.cat(zero_points) if zero_points else None
+
+
+def codes_of(weight: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Codes (int8, the shape of ``weight``), made piece by piece: no second float copy of a large weight."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    start = 0
+    for piece in _pieces(weight, grid):
+        rows = slice(start, start + piece.shape[0])
+        codes[rows] = grid.quantize(piece, *_rows(scale, zero_point, rows, grid))
+        start += piece.shape[0]
+    return codes
+
+
+def rounding_loss(weight: Tensor, codes: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None) -> float:
+    """The weight's SQNR in dB after rounding: infinite when every weight lies on the grid."""
+    signal = noise = 0.0
+    start = 0
+    for piece in _pieces(weight, grid):
+        rows = slice(start, start + piece.shape[0])
+        back = grid.dequantize(codes[rows], *_rows(scale, zero_point, rows, grid))
+        signal += float(piece.double().square().sum())
+        noise += float((piece - back).double().square().sum())
+        start += piece.shape[0]
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def _scales(weight: Tensor, grid: Grid, how: WeightRange) -> tuple[Tensor, Tensor | None]:
+    blocks = grid.blocks(weight.float())
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    if how == "minmax":
+        return storable(grid, low, high)
+    smallest, count = _SEARCH[grid.bits]
+    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
+    for step in range(count):
+        fraction = 1 - (1 - smallest) * step / (count - 1)
+        scale, zero_point = storable(grid, low * fraction, high * fraction)
+        codes = (blocks / scale.unsqueeze(-1)).round_()
+        if zero_point is not None:
+            codes += zero_point.unsqueeze(-1)
+        codes.clamp_(grid.low, grid.high)
+        if zero_point is not None:
+            codes -= zero_point.unsqueeze(-1)
+        error = codes.mul_(scale.unsqueeze(-1)).sub_(blocks).square_().sum(-1)
+        better = error < least
+        best, least = torch.where(better, fraction, best), torch.where(better, error, least)
+    return storable(grid, low * best, high * best)
+
+
+def _pieces(weight: Tensor, grid: Grid) -> Iterator[Tensor]:
+    """Whole rows, about a million weights at a time; a grid with one scale for the tensor needs all of it at once."""
+    if grid.granularity == "tensor":
+        yield weight
+        return
+    yield from weight.split(max(1, _PIECE // max(1, weight[0].numel())))
+
+
+def _rows(scale: Tensor, zero_point: Tensor | None, rows: slice, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    if grid.granularity == "tensor":
+        return scale, zero_point
+    return scale[rows], None if zero_point is None else zero_point[rows]

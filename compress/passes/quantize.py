@@ -1,0 +1,370 @@
+"""Round-to-nearest quantization of weights and activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from calibrate.capture import Captured, capture
+from calibrate.errors import UserError
+from calibrate.grid import Bits, Granularity, Grid
+from calibrate.ranges import Channels, Observer, RangeMethod, RangeObserver, range_observer, storable
+from compress.algorithms.rounding import WeightRange, codes_of, rounding_loss, scales_of
+from compress.anatomy import Anatomy, Site
+from compress.layers import QuantConv2d, is_quantized
+from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
+from compress.passes.contract import Context, Pass, Target
+
+__all__ = ["Quantize"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One module to quantize: where, on which grid, and whether its input is rounded too."""
+
+    site: Site
+    grid: Grid
+    rounds_input: bool
+
+
+class Quantize(Pass):
+    """Round weights, and the inputs of the layers that hold them, to integers.
+
+    A weight becomes integer codes with one scale for each output channel, group of inputs or tensor; it is rounded to
+    the nearest code (Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295). Static activations get
+    one scale for each tensor from calibration rows, in which padded positions do not count; layers that read the same
+    tensor share its scale. Scales are float16 numbers, so that every artifact holds the same ones.
+
+    Handles linear layers, GPT-2's Conv1D (turned into a linear layer), 2-D convolutions and embeddings. Without
+    ``sites`` it takes every projection inside the blocks: not the embeddings, not the norms, not the head. What it
+    cannot take stays float and is listed in the report with the reason.
+    """
+
+    name: ClassVar[str] = "quantize"
+    source: ClassVar[str] = "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295"
+    needs_calibration: ClassVar[bool] = True
+
+    weights: Bits = Field(8, description="Bits of each weight.")
+    granularity: Granularity | None = Field(
+        None,
+        description="One scale for each output channel, group of inputs, or tensor. Default: channel for 8 bits, group "
+        "for 4 and 2 bits; convolutions and embeddings are per channel (row) unless this says tensor.",
+    )
+    group_size: PositiveInt | None = Field(
+        None, description="Inputs that share a scale; has to divide the inputs. Default: 32 where groups are used."
+    )
+    symmetric: bool = Field(True, description="Weights without zero points.")
+    weight_range: WeightRange | None = Field(
+        None,
+        description="minmax covers every weight; mse searches the clipping of each channel or group. Default: minmax "
+        "for 8 bits, mse below.",
+    )
+    activations: Literal["static", "dynamic", "none"] = Field(
+        "static",
+        description="static: one scale from calibration rows; dynamic: made from each tensor when the model runs; "
+        "none: only weights are rounded.",
+    )
+    activation_bits: Literal[8] = Field(8, description="Bits of each activation.")
+    activation_symmetric: bool = Field(
+        True,
+        description="Static activations without zero point: TensorRT takes no other. Dynamic ones always have one.",
+    )
+    range: RangeMethod = Field("mse", description="How calibration rows become the range of a static activation.")
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="Per cent of the values that the range holds, for range: percentile."
+    )
+    sites: list[str] | None = Field(
+        None, description="Roles or module paths, wildcards allowed. Default: every projection inside the blocks."
+    )
+    skip: list[str] = Field([], description="Roles or module paths that stay float, wildcards allowed.")
+    embeddings: Bits | None = Field(
+        None, description="Bits of all embedding tables, one scale for each row. Default: they stay float."
+    )
+    bias_correction: bool = Field(
+        True,
+        description="Adds to each bias what rounding the weight takes from the mean output on the calibration rows "
+        "(Nagel et al. 2019, arXiv 1906.04721, sec. 4.2). Only with static activations.",
+    )
+    batch_size: PositiveInt = Field(8, description="Rows that run through the model at a time during calibration.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Quantize:
+        if self.group_size and self.granularity in ("channel", "tensor"):
+            raise ValueError(f"group_size has no meaning with granularity {self.granularity}")
+        return self
+
+    def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
+        return [
+            Target(job.site.path, ", ".join(job.site.roles), self._action(job)) for job in self._plan(model, anatomy)[0]
+        ]
+
+    def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+        with torch.device("meta"):
+            return {job.site.path: self._layer(model, job) for job in self._plan(model, anatomy)[0]}
+
+    def run(self, model: nn.Module, context: Context) -> nn.Module:
+        jobs, skipped = self._plan(model, context.anatomy)
+        captured = self._calibrate(model, context, jobs)
+        ties = _Ties.of(model, jobs)
+        report: dict[str, Any] = {}
+        with torch.no_grad():
+            for done, job in enumerate(jobs):
+                context.progress(done, len(jobs), job.site.path)
+                report[job.site.path] = self._convert(model, context, job, captured, ties)
+        context.progress(len(jobs), len(jobs), "quantized")
+        context.report |= {
+            "sites": report,
+            "skipped": skipped,
+            "ties": ties.said,
+            "calibration_rows": captured.rows if captured else 0,
+            "padding_counted": list(captured.padding_counted) if captured else [],
+        }
+        return model
+
+    def _plan(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[_Job], dict[str, str]]:
+        """What will be quantized, in the model's order, and why other targets will not be."""
+        chosen = self._chosen(anatomy)
+        left = {site.path for site in anatomy.select(self.skip, self.name)} if self.skip else set()
+        jobs, skipped = [], {}
+        for site in anatomy.sites:
+            if site.path not in chosen:
+                continue
+            if is_quantized(model.get_submodule(site.path)):
+                if site.path in left:
+                    continue
+                raise UserError(
+                    self.name, f"{site.path} is quantized already", f"Leave it out with skip: [{site.path}]."
+                )
+            reason = "named under skip" if site.path in left else obstacle(model, site.path, site.kind)
+            if reason:
+                skipped[site.path] = reason
+            else:
+                rounds_input = site.kind != "embedding" and self.activations != "none"
+                jobs.append(_Job(site, self._grid(model, site), rounds_input))
+        if not jobs:
+            raise UserError(self.name, "there is nothing to quantize", _first_reason(skipped))
+        return jobs, skipped
+
+    def _chosen(self, anatomy: Anatomy) -> set[str]:
+        if self.sites is None:
+            inside = [site for site in anatomy.sites if site.block is not None]
+            chosen = {site.path for site in inside if site.kind not in ("norm", "embedding")}
+        else:
+            chosen = {site.path for site in anatomy.select(self.sites, self.name) if site.kind != "norm"}
+        if self.embeddings is not None:
+            chosen |= {site.path for site in anatomy.sites if site.kind == "embedding"}
+        return chosen
+
+    def _grid(self, model: nn.Module, site: Site) -> Grid:
+        bits = (self.embeddings or self.weights) if site.kind == "embedding" else self.weights
+        _, columns = matrix_shape(model.get_submodule(site.path), site.kind)
+        granularity: Granularity = self.granularity or ("group" if self.group_size or bits < 8 else "channel")
+        if site.kind in ("embedding", "conv2d") and granularity == "group":
+            granularity = "channel"
+        if site.kind == "embedding" and columns * bits % 8:
+            raise UserError(
+                self.name,
+                f"{bits}-bit codes of the {columns} columns of {site.path} do not fill whole bytes",
+                "Use 8 bits there.",
+            )
+        if granularity != "group":
+            return Grid(bits, self.symmetric, granularity)
+        size = self.group_size or 32
+        if columns % size:
+            near = _divisors_near(columns, size)
+            raise UserError(
+                self.name,
+                f"group_size {size} does not divide the {columns} inputs of {site.path}",
+                f"Divisors near it: {', '.join(map(str, near))}.",
+            )
+        return Grid(bits, self.symmetric, granularity, size)
+
+    def _action(self, job: _Job) -> str:
+        grid = job.grid
+        unit = f"group of {grid.group_size}" if grid.granularity == "group" else grid.granularity
+        inputs = f", inputs {self.activation_bits} bits {self.activations}" if job.rounds_input else ""
+        return f"weights {grid.bits} bits per {unit}{inputs}"
+
+    def _layer(self, model: nn.Module, job: _Job) -> QuantizedLayer:
+        symmetric = self.activation_symmetric and self.activations == "static"
+        activation = {"kind": self.activations, "bits": self.activation_bits, "symmetric": symmetric}
+        module = model.get_submodule(job.site.path)
+        return quantized_layer(module, job.site.kind, job.grid, activation if job.rounds_input else None)
+
+    def _calibrate(self, model: nn.Module, context: Context, jobs: list[_Job]) -> Captured | None:
+        if self.activations != "static":
+            return None
+        requests: dict[str, list[Observer]] = {}
+        for job in jobs:
+            if job.rounds_input:
+                means = [Channels()] if self.bias_correction else []
+                requests[job.site.path] = [range_observer(self.range, self.percentile), *means]
+        captured = capture(
+            model,
+            context.call,
+            context.calibration(),
+            requests,
+            batch_size=self.batch_size,
+            progress=lambda rows: context.progress(0, len(jobs), f"calibration row {rows}"),
+        )
+        if captured.silent:
+            raise UserError(
+                self.name,
+                f"{', '.join(captured.silent)} never ran on the calibration rows",
+                f"Leave out what does not run: skip: [{', '.join(captured.silent)}].",
+            )
+        return captured
+
+    def _convert(
+        self, model: nn.Module, context: Context, job: _Job, captured: Captured | None, ties: _Ties
+    ) -> dict[str, Any]:
+        """Replaces one module and says what was done."""
+        path, kind, grid = job.site.path, job.site.kind, job.grid
+        module = model.get_submodule(path)
+        weight = weight_of(module, kind)
+        how = self.weight_range or ("minmax" if grid.bits == 8 else "mse")
+        scale, zero_point = scales_of(weight, grid, how)
+        codes = codes_of(weight, grid, scale, zero_point)
+        layer = self._layer(model, job).to(weight.device)
+        layer.quantized_weight.store(codes, scale, zero_point)
+        says: dict[str, Any] = {
+            "bits": grid.bits,
+            "granularity": grid.granularity,
+            "group_size": grid.group_size,
+            "scale": [float(scale.min()), float(scale.max())],
+            "weight_sqnr_db": _finite(rounding_loss(weight, codes, grid, scale, zero_point)),
+        }
+        if layer.bias is not None:
+            layer.bias.copy_(module.get_parameter("bias"))
+        if captured is not None and job.rounds_input:
+            observed = captured.observers[path]
+            says["activation"] = self._fit_input(path, layer, observed)
+            if path in captured.shared:
+                says["activation"]["same_tensor_as"] = captured.shared[path]
+            if self.bias_correction and layer.bias is not None:
+                says["bias_correction"] = _correct_bias(layer, weight, observed[1])
+        context.surgery.replace(model, path, layer)
+        ties.settle(model, context, job)
+        return says
+
+    def _fit_input(self, path: str, layer: QuantizedLayer, observed: Sequence[Observer]) -> dict[str, Any]:
+        observer = observed[0]
+        assert isinstance(observer, RangeObserver)
+        assert layer.activation is not None
+        if observer.empty or observer.low == observer.high == 0:
+            raise UserError(
+                self.name,
+                f"the input of {path} is always 0 on the calibration rows: it has no range",
+                f"Use rows that reach it, or leave it float with skip: [{path}].",
+            )
+        low, high = observer.range(self._input_grid)
+        scale, zero_point = storable(self._input_grid, torch.tensor(low), torch.tensor(high))
+        layer.activation.scale.copy_(scale)
+        if zero_point is not None:
+            layer.activation.zero_point.copy_(zero_point)
+        return {
+            "seen": [observer.low, observer.high],
+            "range": [low, high],
+            "method": self.range,
+            "clipped_percent": _finite(100 * observer.clipped(low, high)),
+            "scale": float(scale),
+            "zero_point": 0 if zero_point is None else int(zero_point),
+        }
+
+    @property
+    def _input_grid(self) -> Grid:
+        return Grid(self.activation_bits, self.activation_symmetric, "tensor")
+
+
+@dataclass
+class _Ties:
+    """Modules that hold the same parameter, or that are the same module, as they were before anything was replaced.
+
+    Attributes:
+        holders: for each job's path, the other module paths that hold its weight.
+        aliases: for each job's path, the other paths of the very same module.
+        grids: the grid of each job.
+        said: what became of each tie, for the report.
+    """
+
+    holders: dict[str, list[str]]
+    aliases: dict[str, list[str]]
+    grids: dict[str, Grid]
+    done: set[str] = field(default_factory=set)
+    said: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, jobs: list[_Job]) -> _Ties:
+        by_module: dict[int, list[str]] = {}
+        by_weight: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            by_module.setdefault(id(module), []).append(path)
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                by_weight.setdefault(id(weight), []).append(path)
+        holders, aliases = {}, {}
+        for job in jobs:
+            path, module = job.site.path, model.get_submodule(job.site.path)
+            same = [other for other in by_module[id(module)] if other != path]
+            aliases[path] = same
+            weights = by_weight[id(module._parameters["weight"])]
+            holders[path] = [other for other in weights if other != path and other not in same]
+        return cls(holders, aliases, {job.site.path: job.grid for job in jobs})
+
+    def settle(self, model: nn.Module, context: Context, job: _Job) -> None:
+        """Called after ``job`` was replaced: what was one stays one, or the report says why not."""
+        path = job.site.path
+        for alias in self.aliases[path]:
+            context.surgery.share(model, alias, path)
+        self.done.add(path)
+        for other in self.holders[path]:
+            if other not in self.grids:
+                self.said.append(f"{path} and {other} held one weight: {other} keeps it in float")
+            elif other in self.done and self.grids[other] == job.grid:
+                context.surgery.share(model, f"{path}.quantized_weight", f"{other}.quantized_weight")
+                self.said.append(f"{path} and {other} share their codes")
+            elif other in self.done:
+                self.said.append(f"{path} and {other} held one weight: their grids differ, so each has its own codes")
+
+
+def _correct_bias(layer: QuantizedLayer, weight: Tensor, observer: Observer) -> float:
+    """Adds ``(W - W_quantized) E[x]`` to the bias [O]; returns the largest change.
+
+    A convolution's error is summed over its window, as if the mean were the same at every place of it.
+    """
+    assert isinstance(observer, Channels)
+    assert layer.bias is not None
+    error = weight.float() - layer.quantized_weight()
+    mean = observer.mean.to(error.device)
+    if isinstance(layer, QuantConv2d):
+        error = error.sum((2, 3))
+        means = mean.reshape(layer.groups, 1, -1).expand(-1, error.shape[0] // layer.groups, -1)
+        shift = (error * means.reshape(error.shape)).sum(1)
+    else:
+        shift = error @ mean
+    layer.bias += shift
+    return float(shift.abs().max())
+
+
+def _divisors_near(number: int, wanted: int) -> list[int]:
+    """The nearest divisors on both sides of ``wanted``."""
+    divisors = [size for size in range(1, number + 1) if number % size == 0]
+    below = [size for size in divisors if size < wanted][-1:]
+    return below + [size for size in divisors if size > wanted][:1]
+
+
+def _finite(value: float) -> float | None:
+    """None where JSON has no number."""
+    return value if math.isfinite(value) else None
+
+
+def _first_reason(skipped: Mapping[str, str]) -> str:
+    for path, reason in skipped.items():
+        return f"{path}: {reason}." + (f" {len(skipped) - 1} more like it." if len(skipped) > 1 else "")
+    return "Name roles or module paths under sites."
