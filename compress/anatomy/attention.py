@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from compress.anatomy.flow import Flow
+from compress.anatomy.flow import Flow, members
 from compress.anatomy.joins import find_joins
 
 __all__ = ["Attention", "find_attention"]
@@ -40,13 +40,29 @@ class Attention:
     def projections(self) -> list[int]:
         return sorted({index for indices in self.roles.values() for index in indices})
 
+    def joined(self, other: Attention) -> Attention:
+        """This attention with the heads of another that shares a projection with it."""
+        roles = {role: tuple(sorted({*indices, *other.roles[role]})) for role, indices in self.roles.items()}
+        core = tuple(sorted({*self.core, *other.core}))
+        if self.head_dim is None or other.head_dim is None:
+            known = other if self.head_dim is None else self
+            return Attention(roles, core, known.heads, known.kv_heads, known.head_dim)
+        heads, kv_heads = (self.heads or 0) + (other.heads or 0), (self.kv_heads or 0) + (other.kv_heads or 0)
+        return Attention(roles, core, heads, kv_heads, self.head_dim)
+
 
 def find_attention(flow: Flow) -> tuple[list[Attention], set[int]]:
     """All attentions in order of the graph, and the residual joins (which end the search for their weights)."""
     cores = _cores(flow)
-    joins = find_joins(flow, {core.steps[-1] for core in cores})
+    inside = {index for core in cores for index in _inside(flow, core)}
+    joins = find_joins(flow, inside)
     ends = joins | {core.steps[-1] for core in cores}
     return [_attention(flow, core, ends) for core in cores], joins
+
+
+def _inside(flow: Flow, core: _Core) -> Iterator[int]:
+    """The steps between the products of a core."""
+    return members(flow.after[core.steps[0]] & flow.before[core.steps[-1]])
 
 
 def _cores(flow: Flow) -> list[_Core]:
@@ -205,9 +221,20 @@ def _heads(flow: Flow, core: _Core, roles: dict[str, tuple[int, ...]]) -> tuple[
     queries, keys, values = (roles[f"attention.{name}"] for name in ("query", "key", "value"))
     outputs = _outputs(flow, queries) // (3 if queries == keys == values else 1)
     heads = shape[-3] if len(shape) > 3 else max(outputs // max(width, 1), 1)
+    if flow.steps[core.steps[0]].op == "einsum":
+        heads = _einsum_heads(flow, core.steps[0])
     if outputs and heads * width != outputs and len(shape) > 3 and heads * shape[-2] == outputs:
         width = shape[-2]
     return heads, _kv_heads(flow, core, roles, heads, width), width
+
+
+def _einsum_heads(flow: Flow, product: int) -> int:
+    """The size of the last letter that both factors and the result of an einsum share; the first is the batch."""
+    step = flow.steps[product]
+    given, _, kept = step.arguments[0].replace(" ", "").partition("->")
+    left, right = given.split(",")
+    shared = [letter for letter in left if letter in right and letter in kept]
+    return flow.steps[flow.operands(product)[0]].shape[left.index(shared[-1])] if len(shared) > 1 else 1
 
 
 def _kv_heads(flow: Flow, core: _Core, roles: dict[str, tuple[int, ...]], heads: int, width: int) -> int:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from compress.anatomy.flow import Flow
+from compress.anatomy.joins import rejoins
 
 __all__ = ["FeedForward", "find_feedforward"]
 
@@ -39,23 +40,24 @@ def find_feedforward(flow: Flow, joins: set[int], cores: set[int], taken: set[in
     ends = joins | cores
     found = []
     for down, weight in flow.projections.items():
-        if down in taken or not weight.pointwise or not flow.steps[down].live or not _rejoins(flow, down, joins):
+        if down in taken or not weight.pointwise or not flow.steps[down].live:
             continue
         roles = _sources(flow, down, ends)
-        if roles and not any(index in taken for index in roles["mlp.up"] + roles["mlp.gate"]):
+        ups = roles["mlp.up"] + roles["mlp.gate"] if roles else ()
+        if roles and not taken & set(ups) and _rejoins(flow, down, ups, joins):
             found.append(FeedForward({**roles, "mlp.down": (down,)}, _inner(flow, roles["mlp.up"], down)))
     return found
 
 
-def _rejoins(flow: Flow, down: int, joins: set[int]) -> bool:
-    """Whether the output reaches a residual join with nothing but norms, scales and sums on the way."""
+def _rejoins(flow: Flow, down: int, ups: tuple[int, ...], joins: set[int]) -> bool:
+    """Whether the output reaches the join around the MLP with nothing but norms, scales and sums on the way."""
 
     def stop(index: int) -> bool:
         if index in joins or index in flow.projections or index in flow.products:
             return True
         return flow.steps[index].op in NONLINEAR and flow.steps[index].path not in flow.norm_modules
 
-    return any(index in joins for index in flow.forward(down, stop))
+    return any(index in joins and rejoins(flow, index, (down, *ups)) for index in flow.forward(down, stop))
 
 
 def _sources(flow: Flow, down: int, ends: set[int]) -> dict[str, tuple[int, ...]] | None:

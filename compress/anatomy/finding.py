@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,7 @@ class _Draft:
     shape: tuple[int, ...] = ()
     roles: set[str] = field(default_factory=set)
     flops: int = 0
-    traced: bool = True
+    whole: bool = True
 
 
 @dataclass
@@ -46,6 +47,8 @@ class _Draught:
     blocks: dict[str, list[Unit]] = field(default_factory=dict)
     joins: int = 0
     product_flops: list[tuple[str, int]] = field(default_factory=list)
+    read: set[str] = field(default_factory=set)
+    """Modules whose tensors the graph reads in any way."""
 
 
 def find(
@@ -69,14 +72,21 @@ def find(
         if not roles:
             raise must_name(str(failure)) from failure.__cause__
         draught = _Draught()
+    called = {id(model.get_submodule(path)) for path, site in draught.sites.items() if site.whole}
     for path, kind in layers(model).items():
-        draught.sites.setdefault(path, _Draft(kind, traced=False, roles={"norm"} if kind == "norm" else set()))
+        if path not in draught.sites and id(model.get_submodule(path)) not in called:
+            draught.sites[path] = _Draft(kind, roles=_obvious(kind, path in draught.read))
     given = resolve(roles or {}, list(draught.sites))
     for path, named in given.items():
         draught.sites[path].roles = set(named)
     for path in named_blocks(model, given, list(draught.blocks)):
         draught.blocks[path] = []
     return _assemble(model, draught, given)
+
+
+def _obvious(kind: Kind, read: bool) -> set[str]:
+    """The role of a layer that was not called: a norm stays one, and a table whose rows are read whole is an embedding."""
+    return {"norm"} if kind == "norm" else {"embedding"} if kind == "embedding" and read else set()
 
 
 class _Untraced(Exception):
@@ -117,7 +127,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Draught:
     draught = _Draught(blocks=blocks, joins=len(joins))
     kept = [unit.part for inside in blocks.values() for unit in inside]
     for index, weight in sorted((flow.projections | flow.tables).items()):
-        site = draught.sites.setdefault(weight.path, _Draft(_kind(weight), weight.shape))
+        site = draught.sites.setdefault(weight.path, _Draft(_kind(weight), weight.shape, whole=weight.whole))
         site.flops += _flops(flow, index) // _ROWS if index in flow.projections else 0
     for part in (*attentions, *(unit for unit in feedforwards if _among(unit, kept, flow))):
         for role, indices in part.roles.items():
@@ -129,6 +139,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Draught:
             shape = _vector_shape(model.get_submodule(path))
             draught.sites.setdefault(path, _Draft("norm", shape)).roles.add("norm")
     draught.product_flops = _product_flops(flow, attentions)
+    draught.read = {str(step.tensor).rpartition(".")[0] for step in flow.steps if step.tensor and step.users}
     return draught
 
 
@@ -165,25 +176,40 @@ def _place_rest(flow: Flow, draught: _Draught, joins: set[int], attentions: list
     work |= sum(1 << attention.core[-1] for attention in attentions)
     last = _last_projections(flow, joins)
     output = flow.steps[-1].index
+    guesses: dict[str, str] = {}
     for index, weight in flow.projections.items():
         site = draught.sites[weight.path]
-        if weight.path in placed or not flow.steps[index].live:
+        if weight.path in placed or not flow.steps[index].live or any(within(weight.path, b) for b in draught.blocks):
             continue
         before, after = flow.before[index], flow.after[index]
         convolution = flow.steps[index].op in CONVOLUTIONS
         reads_input = not before & flow.projection_bits & _live_bits(flow) and not _reads_table(flow, index)
         if index in last and (before & work or not work):
             site.roles.add("head")
-        elif (reads_input or not convolution) and not before & work and after & work:
+        elif reads_input and after & work:
             site.roles.add("embedding")
+        elif not convolution and not before & work and after & work:
+            guesses[weight.path] = "embedding"
         elif not convolution and before & work and not after & work and after >> output & 1:
-            site.roles.add("head")
+            guesses[weight.path] = "head"
+    _place_alike(flow, draught, guesses)
     for index, weight in flow.projections.items():
         site = draught.sites[weight.path]
         if not site.roles:
             site.roles.add("conv" if flow.steps[index].op in CONVOLUTIONS else "linear")
     for weight in flow.tables.values():
         draught.sites[weight.path].roles.add("embedding")
+
+
+def _place_alike(flow: Flow, draught: _Draught, guesses: dict[str, str]) -> None:
+    """Guesses by place hold unless a layer of the same name in another entry of a list lies elsewhere (between blocks)."""
+    alike: dict[str, set[str]] = {}
+    for weight in flow.projections.values():
+        roles = draught.sites[weight.path].roles or {guesses.get(weight.path, "")}
+        alike.setdefault(re.sub(r"\b\d+\b", "*", weight.path), set()).update(roles)
+    for path, role in guesses.items():
+        if alike[re.sub(r"\b\d+\b", "*", path)] == {role}:
+            draught.sites[path].roles.add(role)
 
 
 def _live_bits(flow: Flow) -> int:
@@ -250,9 +276,9 @@ def _assemble(model: nn.Module, draught: _Draught, given: Mapping[str, Any]) -> 
         shape = draft.shape or _weight_shape(model.get_submodule(path))
         block = _innermost(path, paths)
         ordered = tuple(role for role in ROLES if role in draft.roles)
-        sites.append(
-            Site(path, ordered, draft.kind, block, shape, entry.parameters, draft.flops, entry.bytes, entry.tied)
-        )
+        stored = (entry.parameters, draft.flops, entry.bytes)
+        tied = (entry.tied, entry.tied_parameters, entry.tied_bytes)
+        sites.append(Site(path, ordered, draft.kind, block, shape, *stored, *tied))
     loose, inside = _split_flops(draught.product_flops, paths)
     blocks = [_block(model, index, path, draught.blocks[path], sites, inside[index]) for index, path in enumerate(paths)]
     unplaced = [path for path in ledger.entries if path in generic]

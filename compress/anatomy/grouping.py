@@ -10,6 +10,7 @@ from torch import nn
 from compress.anatomy.attention import Attention
 from compress.anatomy.feedforward import FeedForward
 from compress.anatomy.flow import Flow
+from compress.anatomy.joins import rejoins
 
 __all__ = ["Unit", "container_of", "group", "units", "within"]
 
@@ -30,16 +31,28 @@ def within(path: str, module: str) -> bool:
 
 
 def units(flow: Flow, parts: Iterable[Attention | FeedForward], joins: set[int]) -> list[Unit]:
-    """One unit for each set of weights: a layer that is called many times (ALBERT) counts once."""
+    """One unit for each set of weights: a layer that is called many times (ALBERT) counts once, and attentions that share
+    a projection (EfficientViT's cascade of heads, ConvBERT's two kinds of heads) are one."""
     found: dict[tuple[str, ...], Unit] = {}
-    for part in parts:
+    for part in _merged(flow, list(parts)):
         indices = part.projections or (list(part.core) if isinstance(part, Attention) else [])
         paths = tuple(sorted({flow.projections[i].path if i in flow.projections else flow.steps[i].path for i in indices}))
         last = (part.roles.get("attention.out") or part.roles.get("mlp.down") or tuple(indices))[-1]
         reached = flow.forward(last, lambda index: index in joins or index in flow.projections or index in flow.products)
-        joined = [flow.steps[index].path for index in reached if index in joins]
+        joined = [flow.steps[index].path for index in reached if index in joins and rejoins(flow, index, [last])]
         found.setdefault(paths, Unit(part, paths, joined[0] if joined else None, min(indices)))
     return sorted(found.values(), key=lambda unit: unit.first)
+
+
+def _merged(flow: Flow, parts: list[Attention | FeedForward]) -> list[Attention | FeedForward]:
+    merged: list[Attention | FeedForward] = []
+    for part in parts:
+        shared = [other for other in merged if isinstance(other, Attention) and set(other.projections) & set(part.projections)]
+        if isinstance(part, Attention) and shared:
+            merged[merged.index(shared[0])] = shared[0].joined(part)
+        else:
+            merged.append(part)
+    return merged
 
 
 def group(model: nn.Module, found: list[Unit]) -> dict[str, list[Unit]]:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from compress.anatomy.flow import Flow
 
-__all__ = ["find_joins"]
+__all__ = ["find_joins", "rejoins"]
 
 _ADDS = frozenset({"add", "addcmul"})
 
 
-def find_joins(flow: Flow, cores: set[int]) -> set[int]:
+def find_joins(flow: Flow, inside: set[int]) -> set[int]:
     """Adds in which one side is an earlier hidden state, only moved about, and the other came from it through a weight.
+
+    ``inside`` are steps within the cores of attention, where biases are added to scores.
 
     Sums of parallel branches (attention and MLP of GPT-J), positions added to tokens, and the two halves of a rotary
     embedding are not joins: no side of theirs is the source of the other.
     """
-    work = flow.projection_bits | sum(1 << index for index in cores | set(flow.norms))
-    return {step.index for step in flow.steps if step.op in _ADDS and step.live and _joins(flow, step.index, work)}
+    work = flow.projection_bits | sum(1 << index for index in flow.norms)
+    adds = [step for step in flow.steps if step.op in _ADDS and step.live and step.index not in inside]
+    return {step.index for step in adds if _joins(flow, step.index, work)}
+
+
+def rejoins(flow: Flow, join: int, parts: Iterable[int]) -> bool:
+    """Whether steps lie on the one side of a join that was computed, and the other side is older than they are."""
+    bits = sum(1 << part for part in parts)
+    sides = [bool((flow.before[side] | 1 << side) & bits) for side in flow.steps[join].inputs]
+    return sides in ([True, False], [False, True])
 
 
 def _joins(flow: Flow, index: int, work: int) -> bool:
-    sides = [source for source in flow.steps[index].inputs if flow.steps[source].live]
+    sides = flow.steps[index].inputs
     if len(sides) != 2:
         return False
     return any(

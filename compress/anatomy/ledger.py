@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,12 +14,13 @@ __all__ = ["Entry", "Ledger"]
 
 @dataclass
 class Entry:
-    """What a site stores; ``tied`` is the site that stores the same weight first."""
+    """What a site stores, and how much of that the site ``tied`` stores first."""
 
     parameters: int = 0
     bytes: int = 0
     tied: str | None = None
-    names: list[str] = field(default_factory=list)
+    tied_parameters: int = 0
+    tied_bytes: int = 0
 
 
 class Ledger:
@@ -31,19 +32,21 @@ class Ledger:
     def __init__(self, model: nn.Module, sites: Iterable[str]) -> None:
         self.entries: dict[str, Entry] = {path: Entry() for path in sites}
         owner: dict[int, str] = {}
-        tensors = model.state_dict(keep_vars=True)
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, torch.Tensor):
+        tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+        held = {name: self._holder(name) for name in tensors}
+        # Those that a site holds first: a module with two names is listed under the one that it was called by.
+        for name in sorted(tensors, key=lambda name: held[name] == name):
+            tensor, path = tensors[name], held[name]
+            if path == name and path not in self.entries and id(tensor) in owner:
                 continue
-            path = self._holder(name)
             entry = self.entries.setdefault(path, Entry())
+            count = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+            size = tensor.numel() * tensor.element_size()
+            entry.parameters, entry.bytes = entry.parameters + count, entry.bytes + size
             first = owner.setdefault(id(tensor), path)
             if first != path:
                 entry.tied = first
-            entry.names.append(name)
-            if isinstance(tensor, nn.Parameter):
-                entry.parameters += tensor.numel()
-            entry.bytes += tensor.numel() * tensor.element_size()
+                entry.tied_parameters, entry.tied_bytes = entry.tied_parameters + count, entry.tied_bytes + size
         self._quantized(model)
 
     def _holder(self, name: str) -> str:

@@ -35,7 +35,8 @@ class Site:
         parameters: numbers in weight and bias (a quantized weight counts its values).
         flops: 2 * multiply-accumulates for one row of the batch, over all calls; 0 where the layer was not traced.
         bytes: parameters and buffers as they are stored.
-        tied: path of the site that owns the same weight; totals count it there.
+        tied: path of the site that owns the same weight, and how many of the ``parameters`` and ``bytes`` it owns;
+            totals count those there.
     """
 
     path: str
@@ -47,6 +48,8 @@ class Site:
     flops: int
     bytes: int
     tied: str | None = None
+    tied_parameters: int = 0
+    tied_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,8 @@ def _by_role(sites: Sequence[Site]) -> dict[str, list[str]]:
     return found
 
 
-def _total(sites: Sequence[Site], what: str) -> int:
-    return sum(int(getattr(site, what)) for site in sites if site.tied is None)
+def _total(sites: Sequence[Site], what: Literal["parameters", "bytes"]) -> int:
+    return sum(int(getattr(site, what)) - int(getattr(site, f"tied_{what}")) for site in sites)
 
 
 def _block_json(block: Block) -> dict[str, Any]:

@@ -333,7 +333,6 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "timm_visformer": lambda: _timm("visformer_tiny", 64, img_size=64, num_classes=10),
     "timm_volo": lambda: _timm("volo_d1_224", 64, img_size=64, num_classes=10),
     "timm_convit": lambda: _timm("convit_tiny", 32, img_size=32, depth=3, num_classes=10),
-    "timm_mixer": lambda: _timm("mixer_s32_224", 64, img_size=64, num_blocks=2, embed_dim=32, num_classes=10),
     "timm_gcvit": lambda: _timm("gcvit_xxtiny", 224, num_classes=10),
 }
 
