@@ -62,8 +62,8 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     for name in _KEPT:
         packet, _, overload = name.partition(".")
         op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
-        if op is not None:
-            table.pop(op, None)
+        if op in table:
+            del table[op]
     return program.run_decompositions(table)
 
 
@@ -190,6 +190,48 @@ def _new_ones(context: Any, node: Any) -> None:
     context.add(mb.fill(shape=shape, value=1.0, name=node.name))
 
 
+def _clamp(both: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """One-sided clamps as ``maximum`` or ``minimum``: the converter of coremltools fills the other bound with 3.4e38."""
+
+    def clamp(context: Any, node: Any) -> None:
+        from coremltools.converters.mil.frontend._utils import promote_input_dtypes
+        from coremltools.converters.mil.mil import Builder as mb
+
+        x, low, high = (*_inputs(context, node), None, None)[:3]
+        if (low is None) == (high is None):
+            both(context, node)
+            return
+        x, bound = promote_input_dtypes([x, high if low is None else low])
+        function = mb.minimum if low is None else mb.maximum
+        context.add(function(x=x, y=bound, name=node.name))
+
+    return clamp
+
+
+def _gelu(context: Any, node: Any) -> None:
+    """The converter of coremltools does not see ``approximate="tanh"`` where it is given by name, as traced graphs do."""
+    from coremltools.converters.mil.mil import Builder as mb
+
+    given = [*node.inputs[1:], (node.kwinputs or {}).get("approximate")]
+    mode = "TANH_APPROXIMATION" if "tanh" in str(given) else "EXACT"
+    context.add(mb.gelu(x=context[node.inputs[0]], mode=mode, name=node.name))
+
+
+def _logical(name: str) -> Callable[[Any, Any], None]:
+    """``|`` and ``^`` of booleans."""
+
+    def convert(context: Any, node: Any) -> None:
+        from coremltools.converters.mil.mil import Builder as mb
+        from coremltools.converters.mil.mil import types
+
+        x, y = _inputs(context, node)
+        if not (types.is_bool(x.dtype) and types.is_bool(y.dtype)):
+            raise NotImplementedError(f"{node.kind} of whole numbers")
+        context.add(getattr(mb, name)(x=x, y=y, name=node.name))
+
+    return convert
+
+
 def _scalar(function: Callable[..., None]) -> Callable[..., None]:
     """numpy 2.4 no longer makes an int of a one-element array; converters written for older ones expect it to."""
 
@@ -216,6 +258,14 @@ def _overflows(op: Any) -> bool:
             if values.size and max(abs(float(values.min())), abs(float(values.max()))) > 65504:
                 return True
     return False
+
+
+_LACKING: dict[str, Callable[[Any, Any], None]] = {
+    "alias": _alias,
+    "new_ones": _new_ones,
+    "bitwise_or": _logical("logical_or"),
+    "bitwise_xor": _logical("logical_xor"),
+}
 
 
 class _Silent:
@@ -247,8 +297,10 @@ def conversion(carrier: Carrier) -> Iterator[None]:
         for name, converter in carrier.converters().items():
             for spelling in (f"compress::{name}", f"compress.{name}", f"compress.{name}.default"):
                 registry.name_to_func_mapping[spelling] = converter
-        registry.name_to_func_mapping.setdefault("alias", _alias)
-        registry.name_to_func_mapping.setdefault("new_ones", _new_ones)
+        registry.name_to_func_mapping["clamp"] = _clamp(registry.name_to_func_mapping["clamp"])
+        registry.name_to_func_mapping["gelu"] = _gelu
+        for name, converter in _LACKING.items():
+            registry.name_to_func_mapping.setdefault(name, converter)
         yield
     finally:
         registry.name_to_func_mapping.clear()

@@ -132,11 +132,12 @@ class CoreMLExporter(Exporter):
                         skip_model_load=True,
                         package_dir=str(package),
                     )
-            except NotImplementedError as error:
-                line = str(error).strip().splitlines()[0]
-                raise UserError(
-                    source.name, f"Core ML cannot express this model: {line}", "Rewrite that operation."
-                ) from error
+            except UserError:
+                raise
+            except Exception as error:
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                what = f"Core ML cannot express this model: {line}"
+                raise UserError(source.name, what, "Rewrite that operation, or leave coreml out.") from error
         return carrier, program
 
     def _traced(self, source: Traceable) -> ExportedProgram:
