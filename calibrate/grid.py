@@ -33,11 +33,11 @@ class Grid:
 
     @property
     def low(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
-        return int(2 ** (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def blocks(self, values: Tensor) -> Tensor:
         """Weights of any rank as [O, G, I/G], one scale for each of the first two dimensions ([1, 1, all] for ``tensor``).
@@ -111,5 +111,5 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | list[int]) -> Ten
     count = 1
     for size in shape:
         count *= size
-    signed = (fields.to(torch.int8) ^ sign) - sign
+    signed: Tensor = (fields.to(torch.int8) ^ sign) - sign
     return signed.reshape(-1)[:count].reshape(shape)

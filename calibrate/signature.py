@@ -55,8 +55,9 @@ class Signature:
 
         Parameters of ``model`` appear under ``model.``; ``raw_path`` takes the prefix off again.
         """
-        bound = _bound_class(self.names)()
-        bound.signature, bound.model = self, model
+        bound: nn.Module = _bound_class(self.names)()
+        bound.signature = self  # type: ignore[assignment]
+        bound.model = model
         bound.training = model.training
         return bound
 

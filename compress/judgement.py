@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from calibrate.metrics import Estimate, Metric
     from compress.recipe import Accept, Measure
 
-__all__ = ["Judge", "figure", "promised", "verdict"]
+__all__ = ["Judge", "figure", "promised", "unjudged", "verdict", "with_float_times"]
 
+_TIMES = ("median_ms", "low_ms", "high_ms")
 _RUNTIME_LIMITS = ("metric_drop", "agreement", "sqnr_db", "latency_ratio", "size_ratio")
 
 
@@ -92,7 +93,7 @@ class Judge:
         found = self._evaluate(model_call, {"float": self.float_outputs}, self.compressed_outputs, "compressed model")
         return self._figures(
             found,
-            label="torch (compressed)",
+            label="compressed",
             format="torch",
             path="model.safetensors",
             runtime=f"torch {torch.__version__} CPU",
@@ -149,10 +150,10 @@ class Judge:
             **known,
             metric=self._metric(found),
             drop=drop,
-            agreement=against_float.agreement if against_float else None,
+            agreement=_agreement(against_float),
             sqnr_db=_finite(against_float),
             sqnr_to_compressed_db=_finite(against_compressed),
-            agreement_to_compressed=against_compressed.agreement if against_compressed else None,
+            agreement_to_compressed=_agreement(against_compressed),
         )
 
     def _metric(self, found: Evaluated) -> Figure | None:
@@ -173,7 +174,6 @@ class Judge:
             for size in self.measure.batch_sizes:
                 if runner.rows not in (None, size):
                     continue
-                self.say(0, 1, f"{label}: time at batch {size}")
                 batch = self._batch(size)
                 timed.append(self._time(size, batch, runner, baseline))
             return timed
@@ -183,6 +183,7 @@ class Judge:
 
     def _time(self, size: int, batch: Batch, runner: Runner, baseline: Runner | None) -> Latency:
         runs: dict[str, Callable[[], object]] = {} if baseline is None else {"float": lambda: baseline(batch)}
+        self.say(0, 1, f"{runner.runtime}: time at batch {size}")
         timings: dict[str, Timing] = interleave(
             {**runs, "file": lambda: runner(batch)}, repeats=self.measure.repeats, warmup=self.measure.warmup
         )
@@ -196,6 +197,8 @@ class Judge:
             runs=made.runs,
             threads=self.threads,
             processor=processor_name(),
+            runtime=runner.runtime,
+            **{f"float_{key}": getattr(timings["float"], key) for key in _TIMES if baseline is not None},
             ratio=ratio.value if ratio else None,
             ratio_low=ratio.low if ratio else None,
             ratio_high=ratio.high if ratio else None,
@@ -244,8 +247,26 @@ def _dynamic(model: nn.Module) -> bool:
     return any(isinstance(module, ActivationGrid) and module.kind == "dynamic" for module in model.modules())
 
 
+def _agreement(fidelity: Fidelity | None) -> Figure | None:
+    estimate = fidelity.agreement_estimate if fidelity is not None else None
+    return figure("agreement", estimate) if estimate else None
+
+
 def _finite(fidelity: Fidelity | None) -> float | None:
     return fidelity.sqnr_db if fidelity is not None and math.isfinite(fidelity.sqnr_db) else None
+
+
+def with_float_times(rows: list[Row]) -> list[Row]:
+    """The rows with the float row's times filled in: those of the float file in the first runtime that measured any."""
+    measured = next((row.latency for row in rows if row.latency and row.latency[0].float_median_ms is not None), [])
+    times = [
+        Latency(
+            **{key: getattr(latency, f"float_{key}") for key in _TIMES},
+            **latency.model_dump(include={"batch", "runs", "threads", "processor", "runtime"}),
+        )
+        for latency in measured
+    ]
+    return [row.model_copy(update={"latency": times}) if row.validated == "reference" else row for row in rows]
 
 
 def verdict(rows: list[Row], accept: Accept) -> list[Limit]:
@@ -295,5 +316,7 @@ def _found(row: Row, line: str) -> float | None:
         return max(ratios) if ratios else None
     if line == "sqnr_db" and row.sqnr_db is None and row.validated != "none":
         return math.inf
+    if line == "agreement":
+        return row.agreement.value if row.agreement else None
     value: float | None = getattr(row, line)
     return value

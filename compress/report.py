@@ -53,7 +53,11 @@ class Latency(_Record):
     runs: int = Field(description="timed runs")
     threads: int
     processor: str
-    ratio: float | None = Field(None, description="this median over the float file's median in the same runtime; below 1 is faster")
+    runtime: str = Field("", description="what ran the file")
+    float_median_ms: float | None = Field(None, description="median of the float file in the same runtime, milliseconds")
+    float_low_ms: float | None = Field(None, description="10th percentile of the float file, milliseconds")
+    float_high_ms: float | None = Field(None, description="90th percentile of the float file, milliseconds")
+    ratio: float | None = Field(None, description="this median over the float file's in the same runtime; below 1 is faster")
     ratio_low: float | None = Field(None, description="lower end of the ratio's 95 % interval (bootstrap over paired runs)")
     ratio_high: float | None = Field(None, description="upper end of the ratio's 95 % interval")
 
@@ -90,9 +94,9 @@ class Row(_Record):
     metric: Figure | None = None
     drop: Figure | None = Field(None, description="loss against float on the same rows (paired); positive is worse")
     agreement: Figure | None = Field(None, description="share of rows whose prediction equals the float model's")
-    sqnr_db: float | None = Field(None, description="signal to quantization noise of the output against float, dB; null when equal")
+    sqnr_db: float | None = Field(None, description="signal to quantization noise against float, dB; null when equal")
     sqnr_to_compressed_db: float | None = Field(None, description="the same against the compressed torch model: what export lost")
-    agreement_to_compressed: float | None = None
+    agreement_to_compressed: Figure | None = None
     latency: list[Latency] = []
     size_bytes: int | None = None
     size_ratio: float | None = Field(None, description="size over that of the float file in the same format")
@@ -133,7 +137,8 @@ class Report(_Record):
     met: bool = Field(description="whether every line of accept was met")
     exit_code: int = Field(description="0 met, 1 a line of accept was missed")
     limits: list[Limit]
-    rows: list[Row] = Field(description="the final table, float first")
+    rows: list[Row] = Field(description="the final table: float first, then one for each file and runtime")
+    compressed: Row | None = Field(None, description="the compressed torch model: what files are compared with")
     steps: list[StepRecord]
     model: dict[str, Any]
     data: dict[str, Any]
@@ -168,17 +173,18 @@ def table(report: Report) -> Table:
     latencies = sorted({latency.batch for row in report.rows for latency in row.latency})
     metric = next((row.metric.name for row in report.rows if row.metric), "metric")
     made = Table(title=report.name, title_justify="left")
-    for heading in ("", f"{metric} [95 %]", "drop", "agreement", "SQNR dB", *(f"ms, batch {b}" for b in latencies), "size", "validated"):
+    times = [f"ms, batch {batch}" for batch in latencies]
+    for heading in ("", f"{metric} [95 %]", "drop", "agreement", "SQNR dB", *times, "size", "validated"):
         made.add_column(heading, justify="left" if heading in ("", "validated") else "right")
     for row in report.rows:
-        times = {latency.batch: latency for latency in row.latency}
+        measured = {latency.batch: latency for latency in row.latency}
         made.add_row(
             row.label,
             _interval(row.metric),
             "" if row.validated == "reference" else _signed(row.drop),
             "" if row.validated == "reference" else _share(row.agreement),
             "" if row.validated == "reference" else _decibel(row),
-            *(_time(times.get(batch), row) for batch in latencies),
+            *(_time(measured.get(batch), row) for batch in latencies),
             _size(row),
             _validated(row),
         )
@@ -201,8 +207,8 @@ def _signed(figure: Figure | None) -> str:
     return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"
 
 
-def _share(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
+def _share(share: Figure | None) -> str:
+    return "-" if share is None else f"{share.value:.2%}"
 
 
 def _decibel(row: Row) -> str:

@@ -7,29 +7,30 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.inventory import difference, inventory
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.anatomy import Anatomy, find
-from compress.inputs import Data, load_data
-from compress.judgement import Judge, unjudged, verdict
+from compress.datasets import Data, load_data
+from compress.judgement import Judge, unjudged, verdict, with_float_times
 from compress.passes.contract import Context, Pass, evaluating
 from compress.progress import Progress
 from compress.report import Report, Row, StepRecord
-from compress.saved import save
+from compress.saved import save, signature_json
 from compress.sources import Source, load_model
 from compress.surgery import Surgery
-from export.contract import Artifact, Exporter
+from compress.validation import keep_rows
+from export.contract import Artifact
 from export.graph import Traceable
 
 if TYPE_CHECKING:
@@ -77,12 +78,13 @@ def apply(
         data = load_data(recipe, source, evaluation=evaluate)
         model, example = source.model, data.example
     with clock("anatomy"), progress.step("find the parts of the model"):
-        anatomy = find(model, source.signature, example, recipe.model.roles)
+        anatomy = _anatomy(recipe, source, model, example)
         check(recipe, model, anatomy)
     prepare(out, recipe)
 
-    judge = _judge(recipe, data, out, progress) if evaluate else None
+    judge = _judge(recipe, data, out, progress)
     rows: list[Row] = []
+    compressed: Row | None = None
     float_bytes = sum(entry.bytes for entry in inventory(model).values())
     if judge is not None:
         with clock("float reference"), progress.step("float model: reference outputs and files"), evaluating(model):
@@ -98,7 +100,7 @@ def apply(
     for number, step in enumerate(recipe.passes):
         with clock(f"pass {step.name}"), progress.step(f"pass {number + 1} of {len(recipe.passes)}: {step.name}"):
             if number:
-                anatomy = find(model, source.signature, example, recipe.model.roles)
+                anatomy = _anatomy(recipe, source, model, example)
             context = Context(
                 signature=source.signature,
                 anatomy=anatomy,
@@ -119,7 +121,8 @@ def apply(
     if judge is not None:
         with clock("compressed model"), progress.step("compressed model: outputs"), evaluating(model):
             size = manifest.size_bytes(out / "model.safetensors")
-            rows.append(judge.compressed(lambda batch: source.signature.call(model, batch), size))
+            compressed = judge.compressed(lambda batch: source.signature.call(model, batch), size)
+            keep_rows(judge, out)
 
     traceable, artifacts = Traceable(model, source.signature, example, source.name), {}
     for exporter in recipe.export:
@@ -129,7 +132,7 @@ def apply(
         with clock(f"judge {exporter.format}"), progress.step(f"{exporter.format}: open, run, judge"):
             rows += judge.file(exporter, artifact, model) if judge else [unjudged(exporter, artifact, model, out)]
 
-    limits = verdict(rows, recipe.accept) if evaluate else []
+    rows, limits = with_float_times(rows), verdict(rows, recipe.accept) if judge else []
     met = all(limit.met for limit in limits)
     made = Report(
         name=recipe.name,
@@ -137,6 +140,7 @@ def apply(
         exit_code=0 if met else 1,
         limits=limits,
         rows=rows,
+        compressed=compressed,
         steps=steps,
         model=_about(source, float_bytes),
         data=data.describe(),
@@ -228,6 +232,10 @@ def _judge(recipe: Recipe, data: Data, out: Path, progress: Progress) -> Judge |
     )
 
 
+def _anatomy(recipe: Recipe, source: Source, model: nn.Module, example: Batch) -> Anatomy:
+    return find(model, source.signature, example, {str(role): paths for role, paths in recipe.model.roles.items()})
+
+
 def _tree(layers: dict[str, nn.Module]) -> nn.Module:
     """A module with the given modules at the given paths, and nothing else."""
     root = nn.Module()
@@ -261,8 +269,8 @@ def _about(source: Source, float_bytes: int) -> dict[str, Any]:
         "task": source.task,
         "fingerprint": source.fingerprint,
         "float_bytes": float_bytes,
-        "inputs": [{"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in source.signature.inputs],
-        "output": source.signature.output_name,
+        "signature": signature_json(source.signature),
+        "notes": list(source.notes),
     }
 
 

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import Batch
 from compress import manifest, report
-from compress.judgement import Judge, verdict
+from compress.judgement import Judge, verdict, with_float_times
 from compress.passes.contract import evaluating
 from compress.progress import Progress
 from compress.report import Limit, Report, Row
 from compress.saved import load
 from export.contract import Artifact, Exporter
-from export.validate import Outputs, Rows
 
 __all__ = ["KeptRows", "keep_rows", "validate"]
 
@@ -47,10 +46,13 @@ class KeptRows:
             yield {name: value[start : start + width] for name, value in self.inputs.items()}
 
 
-def keep_rows(rows: Rows, float_outputs: Outputs, compressed_outputs: Outputs, folder: Path) -> Path:
+def keep_rows(judge: Judge, folder: Path) -> Path:
     """Writes the first evaluation rows (4 to 64, about 8 MB) with both models' outputs to ``kept.safetensors``."""
     from safetensors.torch import save_file
 
+    rows, float_outputs, compressed_outputs = judge.rows, judge.float_outputs, judge.compressed_outputs
+    assert float_outputs is not None
+    assert compressed_outputs is not None
     one = next(iter(rows.batches(1)))
     width = sum(value.nbytes for value in one.values()) + 2 * float_outputs.take(0, rows.group).nbytes
     count = min(len(rows), max(4, min(64, _BYTES // max(1, width))))
@@ -88,14 +90,15 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
     limits = _unchanged(folder, told)
     with progress.step("load the compressed model"):
         model = load(folder, trust=trust)
-    judge, rows, note = _judge(recipe, folder, model, trust, progress)
+    judge, float_row, compressed, note = _judge(recipe, folder, model, trust, progress)
+    rows = [float_row]
     for exporter in recipe.export:
         baseline = folder / "baseline" / exporter.filename
         if baseline.exists():
             judge.floats[exporter.format] = _artifact(exporter, baseline)
         with progress.step(f"{exporter.format}: open, run, judge"):
             rows += judge.file(exporter, _artifact(exporter, folder / exporter.filename), model)
-    limits += verdict(rows, recipe.accept)
+    rows, limits = with_float_times(rows), limits + verdict(rows, recipe.accept)
     met = all(limit.met for limit in limits)
     made = before.model_copy(
         update={
@@ -103,6 +106,7 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
             "exit_code": 0 if met else 1,
             "limits": limits,
             "rows": rows,
+            "compressed": compressed,
             "data": {**before.data, "validated_on": note},
             "machine": manifest.machine(recipe.threads),
             "folder": str(folder),
@@ -112,9 +116,9 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
     return made
 
 
-def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: Progress) -> tuple[Judge, list[Row], str]:
+def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: Progress) -> tuple[Judge, Row, Row, str]:
     """A judge with its references, on all evaluation rows where they can be reached, else on the kept ones."""
-    from compress.inputs import load_data
+    from compress.datasets import load_data
     from compress.sources import load_model
 
     def made(rows: Any, metric: Any, metric_name: str, batch_size: int) -> Judge:
@@ -144,17 +148,17 @@ def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: P
     except MissingRuntime:
         raise
     except UserError as error:
-        judge, rows = _kept(folder, made)
-        return judge, rows, f"{len(judge.rows)} kept rows, because: {error.what}"
+        judge, float_row, compressed = _kept(folder, made)
+        return judge, float_row, compressed, f"{len(judge.rows)} kept rows, because: {error.what}"
     judge = made(data.evaluation, data.metric, data.metric_name, data.batch_size)
     with progress.step("float model: reference outputs"), evaluating(source.model):
-        rows = [judge.float_row(lambda batch: source.signature.call(source.model, batch), _bytes(source.model))]
+        float_row = judge.float_row(lambda batch: source.signature.call(source.model, batch), _bytes(source.model))
     with progress.step("compressed model: outputs"), evaluating(model):
-        rows.append(judge.compressed(lambda batch: source.signature.call(model, batch), size))
-    return judge, rows, f"all {len(judge.rows)} evaluation rows"
+        compressed = judge.compressed(lambda batch: source.signature.call(model, batch), size)
+    return judge, float_row, compressed, f"all {len(judge.rows)} evaluation rows"
 
 
-def _kept(folder: Path, made: Any) -> tuple[Judge, list[Row]]:
+def _kept(folder: Path, made: Any) -> tuple[Judge, Row, Row]:
     from safetensors import safe_open
 
     from calibrate.metrics import metric as metric_named
@@ -169,10 +173,9 @@ def _kept(folder: Path, made: Any) -> tuple[Judge, list[Row]]:
     name = before.rows[0].metric.name if before.rows[0].metric else ""
     inputs = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
     judge = made(KeptRows(inputs, tensors.get("labels"), group), metric_named(name) if name else None, name, 16)
-    rows = [judge.float_row(_Replay(tensors["float"]), before.rows[0].size_bytes or 0)]
+    float_row = judge.float_row(_Replay(tensors["float"]), before.rows[0].size_bytes or 0)
     size = manifest.size_bytes(folder / "model.safetensors")
-    rows.append(judge.compressed(_Replay(tensors["compressed"]), size))
-    return judge, rows
+    return judge, float_row, judge.compressed(_Replay(tensors["compressed"]), size)
 
 
 class _Replay:

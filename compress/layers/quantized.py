@@ -46,7 +46,8 @@ class Codes(nn.Module):
         return unpack(self.codes, self.grid.bits, self.shape)
 
     def forward(self) -> Tensor:
-        return ops.dequantize(self.codes, self.scale, self.zero_point, self.grid.bits, list(self.shape))
+        values: Tensor = ops.dequantize(self.codes, self.scale, self.zero_point, self.grid.bits, list(self.shape))
+        return values
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, bits={self.grid.bits}, {self.grid.granularity}, symmetric={self.grid.symmetric}"
@@ -67,8 +68,10 @@ class ActivationGrid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "dynamic":
-            return ops.quantize_dequantize_dynamic(x, self.bits)
-        return ops.quantize_dequantize(x, self.scale, self.zero_point, self.bits)
+            values: Tensor = ops.quantize_dequantize_dynamic(x, self.bits)
+            return values
+        values = ops.quantize_dequantize(x, self.scale, self.zero_point, self.bits)
+        return values
 
     def extra_repr(self) -> str:
         return f"{self.kind}, bits={self.bits}, symmetric={self.symmetric}"
@@ -181,7 +184,8 @@ class QuantEmbedding(_Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.quantized_weight
-        return ops.embedding(ids, table.codes, table.scale, table.zero_point, table.grid.bits, list(table.shape))
+        values: Tensor = ops.embedding(ids, table.codes, table.scale, table.zero_point, table.grid.bits, list(table.shape))
+        return values
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -81,7 +81,7 @@ def make(out: Path) -> dict[str, dict[str, Any]]:
     made: dict[str, dict[str, Any]] = {}
     recipe = read(RECIPES / "sst2-int8.yaml")
     source = load_model(recipe.model.source, base=recipe.base)
-    from compress.inputs import load_data
+    from compress.datasets import load_data
 
     data = load_data(recipe, source, evaluation=True)
     rows = [batch for batch in data.calibration_batches()]
@@ -124,7 +124,7 @@ def judge(files: dict[str, Path], repeats: int) -> list[dict[str, Any]]:
 
     from calibrate.fidelity import agreement, sqnr_db
     from calibrate.latency import interleave
-    from compress.inputs import load_data
+    from compress.datasets import load_data
     from compress.recipe import read
     from compress.sources import load_model
 
