@@ -36,6 +36,7 @@ _NULL = re.compile(r"|~|null|Null|NULL")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -152,8 +153,8 @@ def parse(text: str) -> Document:
     """The document of a YAML text.
 
     Scalars follow the YAML 1.2 core schema: ``no`` and ``12:30`` are text, ``1e-3`` is a number. Refused, with the
-    place: syntax errors, duplicate keys, keys that are not text, aliases, tags, more than one document, infinite numbers,
-    and nesting deeper than 24.
+    place: syntax errors, duplicate keys, keys that are not text, aliases, tags, more than one document, control
+    characters, infinite numbers, and nesting deeper than 24.
     """
     document = Document(None, [])
     try:
@@ -225,7 +226,7 @@ def _key(event: Event, holder: Node, document: Document) -> str:
         return f"*{event.anchor}"
     if not isinstance(event, ScalarEvent):
         return ""
-    key = str(event.value)
+    key = _text(event, document)
     if event.implicit[0] and not isinstance(_scalar(key), str):
         hint = f"Put it in quotes if it is meant as text: '{key}'."
         document.faults.append(Fault(line, column, f"the key {key or '(empty)'} is not text", hint))
@@ -262,8 +263,19 @@ def _value(event: Event, document: Document) -> Node:
         else:
             node.content = _scalar(event.value)
     elif isinstance(event, ScalarEvent):
-        node.content = event.value
+        node.content = _text(event, document)
     return node
+
+
+def _text(event: ScalarEvent, document: Document) -> str:
+    """The text of a scalar; escapes can write characters that no name and no path can have."""
+    text = str(event.value)
+    if found := _CONTROL.search(text):
+        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+        what = f"character U+{ord(found.group()):04X} is not allowed in a recipe"
+        document.faults.append(Fault(line, column, what, "Remove it."))
+        return _CONTROL.sub("", text)
+    return text
 
 
 def _too_large(text: str) -> bool:
