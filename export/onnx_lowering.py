@@ -23,7 +23,7 @@ from calibrate.signature import Signature, raw_path
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["LOWERINGS", "Carried", "Dialect", "Dim", "Held", "Lowering", "WIDE", "axis_of", "dim", "lowers"]
+__all__ = ["LOWERINGS", "Carried", "Dialect", "Dim", "Held", "Lowering", "WIDE", "axis_of", "dim", "functional", "lowers"]
 
 Dialect = Literal["onnxruntime", "portable", "tensorrt"]
 Dim = Any
@@ -41,6 +41,9 @@ _ONNX_TYPES = {
     torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.int64: "INT64",
     torch.int32: "INT32", torch.int16: "INT16", torch.int8: "INT8", torch.uint8: "UINT8", torch.bool: "BOOL",
 }  # fmt: skip
+_FRESH = {"conv2d", "conv1d", "convolution", "batch_norm", "linear", "add", "mul", "sub", "div", "matmul", "bmm", "addmm",
+          "embedding", "layer_norm", "relu_", "hardswish_", "silu_", "add_", "mul_", "div_"}  # fmt: skip
+"""Operations whose result has memory of its own."""
 _VIEWS = {"view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "detach", "alias", "contiguous", "slice",
           "select", "numpy_T", "expand", "to", "dropout", "lift_fresh_copy", "flatten"}  # fmt: skip
 
@@ -275,6 +278,8 @@ class Lowering:
     ) -> list[Held]:  # fmt: skip
         """Adds a node, or returns the outputs of an equal one."""
         values = [None if item is None else self.of(item) for item in inputs]
+        while values and values[-1] is None:
+            values.pop()
         key = (kind, domain, tuple(id(value) for value in values), repr(sorted(attributes.items())), len(outputs))
         if key in self._made:
             return self._made[key]
@@ -289,9 +294,9 @@ class Lowering:
         self._domains.add(domain)
         held = []
         for value, (shape, dtype) in zip(node.outputs, outputs, strict=True):
-            traced = self._traced()
-            actual = tuple(traced.shape if shape is None else shape)
-            held.append(Held(tuple(dim(size) for size in actual), dtype or self.narrow(traced.dtype), value=value))
+            actual = tuple(self._traced().shape if shape is None else shape)
+            kind = dtype or self.narrow(self._traced().dtype)
+            held.append(Held(tuple(dim(size) for size in actual), kind, value=value))
         self._made[key] = held
         return held
 
@@ -536,6 +541,7 @@ class Lowering:
         arguments = [self._resolve(argument) for argument in node.args]
         keywords = {key: self._resolve(argument) for key, argument in node.kwargs.items()}
         folded = self._fold(node, arguments, keywords)
+        name = functional(node)
         if folded is None:
             if name not in LOWERINGS:
                 raise self.refuse(f"{name} has no ONNX form here", "Replace the operation, or ask for it to be added.")
@@ -613,6 +619,21 @@ class Lowering:
         """How ``export.onnx_carried`` stores codes of fewer than 8 bits for a DequantizeLinear."""
         native = self.dialect == "tensorrt" or (carried.bits == 4 and self.opset >= 21) or self.opset >= 25
         return "native" if native else "bits"
+
+
+def functional(node: fx.Node) -> str:
+    """The overload's name, without the underscore of an in-place operation whose input nobody else can see: the result of
+    an operation that is not a view, read only here. Other in-place operations keep their name, and have no lowering."""
+    name = str(node.target)
+    package, _, rest = name.partition(".")
+    op, _, overload = rest.partition(".")
+    if not op.endswith("_") or op.startswith("_") or not node.args or not isinstance(node.args[0], fx.Node):
+        return name
+    given = node.args[0]
+    produced = str(given.target).split(".")[1] if "." in str(given.target) else ""
+    if given.op == "call_function" and len(given.users) == 1 and produced in _FRESH:
+        return f"{package}.{op[:-1]}.{overload}"
+    return name
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterable[Held]:

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt, field_validator
@@ -23,13 +23,13 @@ from calibrate.signature import TensorSpec
 from export.contract import Artifact, Contents, Exporter, Runner
 from export.engine_listing import builder_of
 from export.graph import Traceable
-from export.tensorrt_contents import engine_report, engine_contents, qdq_path
+from export.tensorrt_contents import engine_contents, engine_report, qdq_path
 from export.tensorrt_job import LIBRARIES, build_engine, product
 from export.tensorrt_runners import EngineRunner, NotRun, ProxyRunner, gpu_name
 
 __all__ = ["TensorRTExporter"]
 
-Range = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+Range = tuple[PositiveInt, PositiveInt, PositiveInt]
 ComputeCapability = Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
 BuilderName = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -48,13 +48,13 @@ class TensorRTExporter(Exporter):
     filename: ClassVar[str] = "tensorrt/model.engine"
 
     precision: Literal["float16", "float32"] = Field("float16", description="the floating point around the integers")
-    dynamic: list[str] = Field(["batch"], description="dimensions that stay free, such as batch and tokens")
+    dynamic: tuple[str, ...] = Field(("batch",), description="dimensions that stay free, such as batch and tokens")
     batch: PositiveInt = Field(1, description="rows of the engine where batch is not dynamic")
     profile: dict[str, Range] = Field(
         {}, description="[minimum, optimum, maximum] of dynamic dimensions; batch 1, 1, 16 and tokens up to the data's"
     )
-    compute_capabilities: list[ComputeCapability] = Field(
-        [], description="GPUs that tensorrt-rtx builds for; empty: its default, 8.0 and later"
+    compute_capabilities: tuple[ComputeCapability, ...] = Field(
+        (), description="GPUs that tensorrt-rtx builds for; empty: its default, 8.0 and later"
     )
     optimization_level: int | None = Field(None, ge=0, le=5, description="builder effort; empty: the builder's own")
     builder: Literal["auto", "tensorrt", "tensorrt-rtx"] = Field(
@@ -63,7 +63,7 @@ class TensorRTExporter(Exporter):
 
     @field_validator("profile")
     @classmethod
-    def _ordered(cls, profile: dict[str, list[int]]) -> dict[str, list[int]]:
+    def _ordered(cls, profile: dict[str, Range]) -> dict[str, Range]:
         for name, (low, best, high) in profile.items():
             if not low <= best <= high:
                 raise ValueError(f"{name}: minimum {low}, optimum {best}, maximum {high} are not in order")
@@ -95,22 +95,18 @@ class TensorRTExporter(Exporter):
             MissingRuntime: a library is absent.
             UserError: an option names a dimension that the model does not have, or the builder refuses the graph.
         """
-        from export.to_onnx import lower, save
-
         builder, ranges = self._ready(), self._ranges(source)
-        graph = lower(
-            source,
-            dialect="tensorrt",
-            dynamic=frozenset(self.dynamic),
-            batch=self.batch,
-            opset=_OPSET,
-            float16=self.precision == "float16",
-        )
+
+        from export.onnx_file import write
+        from export.to_onnx import lower
+
+        half = self.precision == "float16"
+        graph = lower(source, "tensorrt", self.dynamic, self.batch, _OPSET, float16=half)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as folder:
             engine = Path(folder) / path.name
             onnx = qdq_path(engine)
-            save(graph, onnx)
+            write(graph, onnx)
             del graph
             built = build_engine(
                 builder,
@@ -202,7 +198,7 @@ def _refusals(module: nn.Module) -> Iterator[str]:
         return
     if activation.kind == "dynamic":
         yield "its activation grid is made at run time, and TensorRT takes static scales only"
-    elif not activation.symmetric or bool((activation.zero_point != 0).any()):
+    elif not activation.symmetric:
         yield "its activation codes are asymmetric, and TensorRT takes symmetric ones only"
     if activation.bits != 8:
         yield f"its activations have {activation.bits} bits, and TensorRT has 8-bit ones only"
