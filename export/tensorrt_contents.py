@@ -67,15 +67,14 @@ def engine_report(path: Path) -> dict[str, Any]:
 
 def _given(path: Path) -> Contents:
     """What the Q/DQ file next to an engine holds."""
-    from export.to_onnx import contents
+    from export.onnx_file import contents
 
     if not path.is_file():
         raise UserError(str(path), "there is no such engine", "Run the recipe again.")
     onnx = qdq_path(path)
     if not onnx.is_file():
         raise UserError(str(onnx), "the Q/DQ file that the engine was built from is gone", "Run the recipe again.")
-    found: Contents = contents(onnx)
-    return found
+    return contents(onnx)
 
 
 def _not_found(plan: bytes, given: Contents) -> list[str]:

@@ -98,10 +98,8 @@ class TensorRTExporter(Exporter):
         builder, ranges = self._ready(), self._ranges(source)
 
         from export.onnx_file import write
-        from export.to_onnx import lower
 
-        half = self.precision == "float16"
-        graph = lower(source, "tensorrt", self.dynamic, self.batch, _OPSET, float16=half)
+        graph = self._lower(source)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as folder:
             engine = Path(folder) / path.name
@@ -148,6 +146,18 @@ class TensorRTExporter(Exporter):
     def contents(self, path: Path) -> Contents:
         """Codes that the Q/DQ file and the engine both hold; bytes by type from the engine's own listing."""
         return engine_contents(path)
+
+    def _lower(self, source: Traceable) -> Any:
+        """The explicit Q/DQ graph (``onnx_ir.Model``)."""
+        from export.tensorrt_lowering import explicit, float32_scales
+        from export.to_onnx import lower
+
+        half = self.precision == "float16"
+        with explicit():
+            graph = lower(source, "tensorrt", self.dynamic, self.batch, _OPSET, float16=half)
+        if half and "7.5" not in self.compute_capabilities:  # which has no product typed float32, integers or not
+            float32_scales(graph, source)
+        return graph
 
     def _builder(self) -> BuilderName:
         if self.builder != "auto":

@@ -53,7 +53,10 @@ def test_a_listing_is_counted() -> None:
     assert listing.targets == ("sm86", "sm120")
 
 
-@pytest.mark.parametrize("plan", [b"", bytes(100), b"header {\n", b"header {\n}\nmain {", b"main {\n  function={ name=a"])
+_EMPTY = [b"", bytes(100), b"header {\n", b"header {\n}\nmain {", b"main {\n  function={ name=a"]
+
+
+@pytest.mark.parametrize("plan", _EMPTY)
 def test_a_plan_without_a_listing_is_said_to_have_none(plan: bytes) -> None:
     assert read_listing(plan) is None
 
