@@ -126,20 +126,7 @@ def metric_for(name: str, source: Source, rows: Rows | None) -> Metric | None:
     """
     labelled = rows is not None and rows.labels is not None
     if name == "auto":
-        usual = {
-            "image-classification": "accuracy",
-            "text-classification": "accuracy",
-            "sentence-embedding": "spearman",
-        }
-        name = (
-            "perplexity"
-            if source.task == "causal-lm"
-            else usual.get(source.task, "agreement")
-            if labelled
-            else "agreement"
-        )
-        if name == "accuracy" and rows is not None and rows.labels is not None and rows.labels.is_floating_point():
-            name = "spearman"
+        name = _usual(source, rows)
     if name == "agreement":
         return None
     chosen = metric(name)
@@ -151,6 +138,17 @@ def metric_for(name: str, source: Source, rows: Rows | None) -> Metric | None:
             "data.metric", f"{name} of embeddings needs pairs of sentences", "Name the column pair under data.columns."
         )
     return chosen
+
+
+def _usual(source: Source, rows: Rows | None) -> str:
+    """The metric that ``auto`` stands for."""
+    if source.task == "causal-lm":
+        return "perplexity"
+    if rows is None or rows.labels is None:
+        return "agreement"
+    if source.task in ("image-classification", "text-classification"):
+        return "spearman" if rows.labels.is_floating_point() else "accuracy"
+    return "spearman" if source.task == "sentence-embedding" and rows.group == 2 else "agreement"
 
 
 @dataclass(frozen=True)

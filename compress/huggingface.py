@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,8 @@ def load_hf(name: str, base: Path, task: str) -> Source:
         model = _load(model_class, config, folder, settings)
     check_finite(model, str(folder))
     signature = _signature(model, config, output, tokenizer)
+    example = _example(config, signature, tokenizer)
+    _try(model, signature, example, name)
     # A key of the hub's cache says nothing: the name is the folder's own, or the id's last part.
     short = name.rstrip("/").rpartition("/")[2] or folder.name
     num_labels = int(config.num_labels) if "classification" in found else None
@@ -93,12 +95,12 @@ def load_hf(name: str, base: Path, task: str) -> Source:
         task=found,  # type: ignore[arg-type]
         fingerprint=digest_files([folder / "config.json", *weights]),
         rebuild={"kind": "hf", "class": model_class.__name__, **settings},
-        make_example=_example(config, signature, tokenizer, found),
+        make_example=example,
         classes=num_labels,
         labels={int(number): str(label) for number, label in config.id2label.items()} if num_labels else None,
         tokenizer=tokenizer,
         preprocessing=hf_preprocessing(transformers, config, folder) if signature.names == ("pixel_values",) else None,
-        max_tokens=_longest(config, tokenizer) if tokenizer else None,
+        max_tokens=_longest(model, config, tokenizer),
         files={folder / file: file for file in _SMALL_FILES if (folder / file).is_file()},
     )
 
@@ -341,15 +343,27 @@ def _image_size(config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _longest(config: Any, tokenizer: Tokenizer) -> int | None:
-    """The longest text the model takes; RoBERTa's positions start after the padding's."""
-    positions = getattr(config, "max_position_embeddings", None)
-    limit = tokenizer.raw.model_max_length
-    known = [value for value in (positions, limit) if isinstance(value, int) and 0 < value < 10**9]
+def _longest(model: nn.Module, config: Any, tokenizer: Tokenizer | None) -> int | None:
+    """The longest text the model takes; a table of positions with a row for padding (RoBERTa's) starts after that row."""
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.raw.model_max_length if tokenizer else None]
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and name.endswith("position_embeddings") and table.padding_idx is not None:
+            limits.append(table.num_embeddings - table.padding_idx - 1)
+    known = [value for value in limits if isinstance(value, int) and 0 < value < 10**9]
     return min(known) if known else None
 
 
-def _example(config: Any, signature: Signature, tokenizer: Tokenizer | None, task: str) -> Any:
+def _try(model: nn.Module, signature: Signature, example: Callable[[], Batch], name: str) -> None:
+    """Calls the model once, so that one that needs other inputs or gives other outputs is refused here."""
+    try:
+        with torch.inference_mode():
+            signature.call(model, {key: value[:1] for key, value in example().items()})
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        what = f"{type(model).__name__} does not run on {', '.join(signature.names)} ({_line(error)})"
+        raise UserError(f"hf:{name}", what, "Wrap it in a function of yours: model: file.py:function.") from None
+
+
+def _example(config: Any, signature: Signature, tokenizer: Tokenizer | None) -> Callable[[], Batch]:
     if signature.names == ("pixel_values",):
         channels, height, width = (int(size) for size in signature.inputs[0].shape[1:])
         return lambda: {"pixel_values": random_images((4, channels, height, width))}
