@@ -145,9 +145,7 @@ def _batch_norm(args: Args) -> Tensor:
 
 
 def _instance_norm(args: Args) -> Tensor:
-    return F.instance_norm(
-        args["x"], weight=args.get("gamma"), bias=args.get("beta"), eps=_number(args, "epsilon", 1e-5)
-    )
+    return F.instance_norm(args["x"], weight=args.get("gamma"), bias=args.get("beta"), eps=_number(args, "epsilon", 1e-5))
 
 
 def _l2_norm(args: Args) -> Tensor:
@@ -156,9 +154,7 @@ def _l2_norm(args: Args) -> Tensor:
     return x * torch.rsqrt(squares + _number(args, "epsilon", 1e-6))
 
 
-def _padding(
-    args: Args, sizes: Sequence[int], kernel: Sequence[int], strides: list[int], dilations: list[int]
-) -> list[int]:
+def _padding(args: Args, sizes: Sequence[int], kernel: Sequence[int], strides: list[int], dilations: list[int]) -> list[int]:
     """Amounts before and after each spatial dimension, first dimension first."""
     kind = args.get("pad_type", "valid")
     if kind == "valid":
@@ -426,6 +422,10 @@ def _cumsum(args: Args) -> Tensor:
     return total.flip(axis) if _flag(args, "reverse") else total
 
 
+def _argsort(args: Args) -> Tensor:
+    return torch.argsort(args["x"], dim=_int(args.get("axis"), -1), descending=not _flag(args, "ascending"), stable=True)
+
+
 def _topk(args: Args) -> tuple[Tensor, ...]:
     values, indices = args["x"].topk(_int(args["k"], 1), _int(args.get("axis"), -1), not _flag(args, "ascending"))
     return (values, indices) if _flag(args, "return_indices", True) else (values,)
@@ -509,6 +509,7 @@ KERNELS: dict[str, Kernel] = {
     "inverse": lambda a: torch.reciprocal(a["x"] + _number(a, "epsilon", 1e-4)),
     "clip": lambda a: a["x"].clamp(_number(a, "alpha", -math.inf), _number(a, "beta", math.inf)),
     "threshold": lambda a: a["x"].clamp(min=_number(a, "alpha", 0.0)),
+    "thresholded_relu": lambda a: torch.where(a["x"] >= _number(a, "alpha", 1.0), a["x"], torch.zeros_like(a["x"])),
     "leaky_relu": lambda a: F.leaky_relu(a["x"], _number(a, "alpha", 0.01)),
     "elu": lambda a: F.elu(a["x"], _number(a, "alpha", 1.0)),
     "linear_activation": lambda a: a["x"] * _number(a, "alpha", 1.0) + _number(a, "beta", 0.0),
@@ -545,7 +546,7 @@ KERNELS: dict[str, Kernel] = {
     "shape": lambda a: torch.tensor(a["x"].shape), "fill": _fill,
     "fill_like": lambda a: torch.full(a["ref_tensor"].shape, a["value"].item()).to(a["value"].dtype),
     "range_1d": _range, "cumsum": _cumsum, "pad": _pad, "topk": _topk, "band_part": _band_part, "one_hot": _one_hot,
-    "argsort": lambda a: a["x"].argsort(_int(a.get("axis"), -1), descending=not _flag(a, "ascending"), stable=True),
+    "argsort": _argsort,
     "non_zero": lambda a: a["x"].nonzero(), "flatten2d": lambda a: a["x"].reshape(
         math.prod(a["x"].shape[: _int(a.get("axis"), 1)]), -1),
     "pixel_shuffle": lambda a: F.pixel_shuffle(a["x"], _int(a["upscale_factor"])), "pixel_unshuffle": _pixel_unshuffle,
