@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from compress.progress import Progress
     from compress.report import Report
 
-__all__ = ["app", "main"]
+__all__ = ["app", "apply", "inspect", "main", "passes", "recipes", "schema", "validate"]
 
-EXIT_CODES = (
-    "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed."
-)
+EXIT_CODES = "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed."
 
 app = typer.Typer(
     name="compress",
@@ -248,11 +246,7 @@ def _progress(quiet: bool) -> Progress:
     if quiet:
         return Progress()
     console = _console(stderr=True)
-    return (
-        LiveProgress(console)
-        if console.is_terminal
-        else LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
-    )
+    return LiveProgress(console) if console.is_terminal else LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _finish(report: Report) -> None:
@@ -262,11 +256,7 @@ def _finish(report: Report) -> None:
     for limit in report.limits:
         if not limit.met:
             print(f"missed: {limit.line}: {limit.says}")
-    print(
-        f"{'met' if report.met else 'not met'}: the contract of the recipe"
-        if report.limits
-        else "no contract was checked"
-    )
+    print(f"{'met' if report.met else 'not met'}: the contract of the recipe" if report.limits else "no contract was checked")
     print(report.folder)
     raise typer.Exit(report.exit_code)
 

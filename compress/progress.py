@@ -60,7 +60,7 @@ class LiveProgress(Progress):
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", style="dim", markup=False),
             console=console,
         )
         self._current: Any = None
@@ -74,11 +74,13 @@ class LiveProgress(Progress):
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        outer, self._current = self._current, self._bars.add_task(name, total=None, what="")
+        from rich.markup import escape
+
+        outer, self._current = self._current, self._bars.add_task(escape(name), total=None, what="")
         try:
             yield
         except BaseException:
-            self._bars.update(self._current, description=f"[red]{name}", what="stopped")
+            self._bars.update(self._current, description=f"[red]{escape(name)}", what="stopped")
             self._bars.stop_task(self._current)
             raise
         else:

@@ -28,10 +28,12 @@ __all__ = [
     "RecipeError",
     "Role",
     "RowSpan",
+    "Section",
     "Split",
     "Task",
     "parse_recipe",
     "read",
+    "recipe_schema",
 ]
 
 Task = Literal["auto", "image-classification", "text-classification", "sentence-embedding", "causal-lm", "features"]
@@ -263,9 +265,7 @@ class Measure(Section):
     batch_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (1,), min_length=1, max_length=16, description="batch sizes that are timed, in rows"
     )
-    repeats: int = Field(
-        30, ge=3, le=10_000, description="timed runs at each batch size, interleaved with the float file"
-    )
+    repeats: int = Field(30, ge=3, le=10_000, description="timed runs at each batch size, interleaved with the float file")
     warmup: int = Field(5, ge=0, le=1000, description="runs before the timed ones")
 
 
@@ -282,12 +282,8 @@ class Recipe(Section):
     passes: tuple[Annotated[Pass, Chosen(known_passes, "a pass")], ...] = Field(
         description="what is done to the model, in this order; `compress passes` lists them"
     )
-    export: tuple[Annotated[Exporter, Chosen(known_exporters, "an exporter")], ...] = Field(
-        description="the files to write"
-    )
-    accept: Accept = Field(
-        Accept(), description="the contract; a run that misses it exits with code 1 and keeps its files"
-    )
+    export: tuple[Annotated[Exporter, Chosen(known_exporters, "an exporter")], ...] = Field(description="the files to write")
+    accept: Accept = Field(Accept(), description="the contract; a run that misses it exits with code 1 and keeps its files")
     measure: Measure = Field(Measure(), description="how time is measured")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of every random choice")
     threads: int = Field(1, ge=1, le=1024, description="threads for passes and for measured runs")

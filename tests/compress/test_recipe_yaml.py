@@ -82,6 +82,8 @@ def test_scalars_are_those_of_yaml_1_2(written: str, value: object) -> None:
         ("- " * 1000, (1, 49), "nested deeper"),
         ("a: x\0y\n", (1, 5), "U+0000"),
         ("a: \ud800\n", (1, 4), "U+D800"),
+        ('a: "\\ud800"\n', (1, 4), "U+D800"),
+        ('a: "x\\0"\n', (1, 4), "U+0000"),
         ("%YAML 9.9\n---\na: 1\n", (1, 1), "not valid YAML"),
     ],
 )
