@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from compress.anatomy.flow import Flow, members
-from compress.anatomy.joins import find_joins
+from compress.anatomy.joins import find_joins, rejoins
 
 __all__ = ["Attention", "find_attention"]
 
@@ -16,8 +16,10 @@ _SOFTMAX = frozenset({"softmax", "_softmax", "special_softmax"})
 
 @dataclass(frozen=True)
 class _Core:
-    """Where queries, keys and values meet; each operand is a step. ``steps`` are the products, the last one gives values. ``contracted`` is the
-    size that queries and keys are summed over; 0 where they only weigh each other."""
+    """Where queries, keys and values meet; each operand is a step. ``steps`` are the products, the last one gives values.
+
+    ``contracted`` is the size that queries and keys are summed over; 0 where they only weigh each other.
+    """
 
     steps: tuple[int, ...]
     query: int | None
@@ -57,7 +59,19 @@ def find_attention(flow: Flow) -> tuple[list[Attention], set[int]]:
     inside = {index for core in cores for index in _inside(flow, core)}
     joins = find_joins(flow, inside)
     ends = joins | {core.steps[-1] for core in cores}
-    return [_attention(flow, core, ends) for core in cores], joins
+    found = [_attention(flow, core, ends) for core in cores]
+    within = {index for attention in found for index in _between(flow, attention)}
+    return found, joins - within
+
+
+def _between(flow: Flow, attention: Attention) -> Iterator[int]:
+    """The steps from the queries to the output projection: an add there (MViT adds queries to values) is no join."""
+    starts, ends = 0, 0
+    for index in attention.roles["attention.query"]:
+        starts |= flow.after[index]
+    for index in attention.roles["attention.out"]:
+        ends |= flow.before[index]
+    return members(starts & ends)
 
 
 def _inside(flow: Flow, core: _Core) -> Iterator[int]:
@@ -196,7 +210,10 @@ def _attention(flow: Flow, core: _Core, ends: set[int]) -> Attention:
         f"attention.{name}": tuple(flow.backward_projections(operand, ends)) if operand is not None else ()
         for name, operand in (("query", core.query), ("key", core.key), ("value", core.value))
     }
-    roles["attention.out"] = tuple(_projections_after(flow, core.steps[-1], ends))
+    inputs = [index for indices in roles.values() for index in indices]
+    around = {index for index in ends if index in core.steps or rejoins(flow, index, [*inputs, core.steps[-1]])}
+    cores = {index for index in ends if flow.steps[index].op != "add"}
+    roles["attention.out"] = tuple(_projections_after(flow, core.steps[-1], around | cores))
     heads, kv_heads, head_dim = _heads(flow, core, roles)
     return Attention(roles, core.steps, heads, kv_heads, head_dim)
 
@@ -220,10 +237,10 @@ def _heads(flow: Flow, core: _Core, roles: dict[str, tuple[int, ...]]) -> tuple[
     shape, width = flow.steps[core.query].shape, core.contracted
     queries, keys, values = (roles[f"attention.{name}"] for name in ("query", "key", "value"))
     outputs = _outputs(flow, queries) // (3 if queries == keys == values else 1)
-    heads = shape[-3] if len(shape) > 3 else max(outputs // max(width, 1), 1)
+    heads = shape[-3] if len(shape) == 4 else max(outputs // max(width, 1), 1)
     if flow.steps[core.steps[0]].op == "einsum":
         heads = _einsum_heads(flow, core.steps[0])
-    if outputs and heads * width != outputs and len(shape) > 3 and heads * shape[-2] == outputs:
+    if outputs and heads * width != outputs and len(shape) == 4 and heads * shape[-2] == outputs:
         width = shape[-2]
     return heads, _kv_heads(flow, core, roles, heads, width), width
 

@@ -11,8 +11,11 @@ from compress.anatomy.joins import rejoins
 __all__ = ["FeedForward", "find_feedforward"]
 
 NONLINEAR = frozenset(
-    "relu relu6 gelu silu sigmoid hardswish hardsigmoid hardtanh tanh erf leaky_relu elu selu celu softplus mish pow "
-    "square exp clamp clamp_min glu prelu rrelu threshold softsign log_sigmoid log_sigmoid_forward maximum".split()
+    {
+        "relu", "relu6", "gelu", "silu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "tanh", "erf",
+        "leaky_relu", "elu", "selu", "celu", "softplus", "mish", "pow", "square", "exp", "clamp", "clamp_min",
+        "glu", "prelu", "rrelu", "threshold", "softsign", "log_sigmoid", "log_sigmoid_forward", "maximum",
+    }
 )
 
 _Part = tuple[int, object]

@@ -47,8 +47,8 @@ class _Draught:
     blocks: dict[str, list[Unit]] = field(default_factory=dict)
     joins: int = 0
     product_flops: list[tuple[str, int]] = field(default_factory=list)
-    read: set[str] = field(default_factory=set)
-    """Modules whose tensors the graph reads in any way."""
+    read: set[int] = field(default_factory=set)
+    """Identities of the tensors that the graph reads in any way."""
 
 
 def find(
@@ -75,7 +75,7 @@ def find(
     called = {id(model.get_submodule(path)) for path, site in draught.sites.items() if site.whole}
     for path, kind in layers(model).items():
         if path not in draught.sites and id(model.get_submodule(path)) not in called:
-            draught.sites[path] = _Draft(kind, roles=_obvious(kind, path in draught.read))
+            draught.sites[path] = _Draft(kind, roles=_obvious(kind, _tensors(model, path) & draught.read))
     given = resolve(roles or {}, list(draught.sites))
     for path, named in given.items():
         draught.sites[path].roles = set(named)
@@ -84,7 +84,11 @@ def find(
     return _assemble(model, draught, given)
 
 
-def _obvious(kind: Kind, read: bool) -> set[str]:
+def _tensors(model: nn.Module, path: str) -> set[int]:
+    return {id(tensor) for tensor in model.get_submodule(path)._parameters.values() if tensor is not None}
+
+
+def _obvious(kind: Kind, read: set[int]) -> set[str]:
     """The role of a layer that was not called: a norm stays one, and a table whose rows are read whole is an embedding."""
     return {"norm"} if kind == "norm" else {"embedding"} if kind == "embedding" and read else set()
 
@@ -129,7 +133,8 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Draught:
     for index, weight in sorted((flow.projections | flow.tables).items()):
         site = draught.sites.setdefault(weight.path, _Draft(_kind(weight), weight.shape, whole=weight.whole))
         site.flops += _flops(flow, index) // _ROWS if index in flow.projections else 0
-    for part in (*attentions, *(unit for unit in feedforwards if _among(unit, kept, flow))):
+    parts: list[Attention | FeedForward] = [*attentions, *(part for part in feedforwards if _among(part, kept, flow))]
+    for part in parts:
         for role, indices in part.roles.items():
             for index in indices:
                 draught.sites[flow.projections[index].path].roles.add(role)
@@ -139,7 +144,8 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Draught:
             shape = _vector_shape(model.get_submodule(path))
             draught.sites.setdefault(path, _Draft("norm", shape)).roles.add("norm")
     draught.product_flops = _product_flops(flow, attentions)
-    draught.read = {str(step.tensor).rpartition(".")[0] for step in flow.steps if step.tensor and step.users}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    draught.read = {id(named.get(str(step.tensor))) for step in flow.steps if step.tensor and step.users}
     return draught
 
 
@@ -213,7 +219,7 @@ def _place_alike(flow: Flow, draught: _Draught, guesses: dict[str, str]) -> None
 
 
 def _live_bits(flow: Flow) -> int:
-    return sum(1 << index for index in flow.projections if flow.steps[index].live)
+    return sum((1 << index for index in flow.projections if flow.steps[index].live), 0)
 
 
 def _reads_table(flow: Flow, index: int) -> bool:
@@ -243,7 +249,7 @@ def _flops(flow: Flow, index: int) -> int:
     step = flow.steps[index]
     if step.op == "scaled_dot_product_attention":
         query, key, value = (flow.steps[argument.index].shape for argument in step.arguments[:3])
-        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+        return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
     if step.op == "einsum":
         given = step.arguments[0].replace(" ", "").partition("->")[0].split(",")
         sizes: dict[str, int] = {}

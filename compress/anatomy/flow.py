@@ -17,22 +17,30 @@ from calibrate.signature import raw_path
 __all__ = ["Flow", "Step", "Weight", "members"]
 
 LAYOUT = frozenset(
-    "view reshape _unsafe_view permute transpose t mT numpy_T contiguous clone to _to_copy type_as slice select split "
-    "split_with_sizes chunk unbind getitem squeeze unsqueeze expand expand_as repeat flatten unflatten alias detach lift "
-    "lift_fresh_copy roll flip dropout feature_dropout cat concat stack pad constant_pad_nd index narrow movedim moveaxis "
-    "swapaxes native_dropout float dequantize quantize_dequantize quantize_dequantize_dynamic im2col col2im avg_pool2d "
-    "max_pool2d adaptive_avg_pool2d".split()
+    {
+        "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "mT", "numpy_T", "contiguous", "clone",
+        "to", "_to_copy", "type_as", "slice", "select", "split", "split_with_sizes", "chunk", "unbind",
+        "getitem", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "flatten", "unflatten", "alias",
+        "detach", "lift", "lift_fresh_copy", "roll", "flip", "dropout", "feature_dropout", "cat", "concat",
+        "stack", "pad", "constant_pad_nd", "index", "narrow", "movedim", "moveaxis", "swapaxes",
+        "native_dropout", "float", "dequantize", "quantize_dequantize", "quantize_dequantize_dynamic", "im2col",
+        "col2im", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d",
+    }
 )
 """Operations that move, copy or pick values (or average neighbours); what they give is still the same hidden state."""
 
 NORMS = frozenset(
-    "layer_norm native_layer_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-    "cudnn_batch_norm native_batch_norm group_norm native_group_norm rms_norm _fused_rms_norm instance_norm".split()
+    {
+        "layer_norm", "native_layer_norm", "batch_norm", "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm", "group_norm",
+        "native_group_norm", "rms_norm", "_fused_rms_norm", "instance_norm",
+    }
 )
-ROOTS = frozenset("rsqrt sqrt norm linalg_vector_norm var var_mean std std_mean".split())
+ROOTS = frozenset({"rsqrt", "sqrt", "norm", "linalg_vector_norm", "var", "var_mean", "std", "std_mean"})
 """What a norm spelled out in primitives must contain."""
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+_REGIONS = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled"})
 PRODUCTS = frozenset({"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum"})
 
 
@@ -104,25 +112,50 @@ class Flow:
     def _read(self, program: ExportedProgram) -> None:
         signature = program.graph_signature
         names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        given = set(signature.user_inputs)
         index: dict[Any, int] = {}
         for node in program.graph.nodes:
-            op = _op_name(node.target) if node.op == "call_function" else node.op
-            inputs = list(dict.fromkeys(index[source] for source in node.all_input_nodes))
-            stack = list((node.meta.get("nn_module_stack") or {}).values())
-            path = raw_path("" if not stack or stack[-1][0] == "model" else re.sub(r"@\d+", "", stack[-1][0]))
-            arguments = tuple(_replace(argument, index) for argument in node.args)
-            step = Step(len(self.steps), op.rstrip("_"), arguments, inputs, _shape(node.meta.get("val")), path)
-            step.tensor = raw_path(names[node.name]) if node.name in names else None
-            step.live = (node.op == "placeholder" and node.name in signature.user_inputs) or any(
-                self.steps[source].live for source in inputs
-            )
-            self.steps.append(step)
-            index[node] = step.index
-            if op.endswith("_") and not op.endswith("__") and inputs:
-                self._written(node, step.index, index)
+            step = self._append(node, index, program.graph_module)
+            if step and node.op == "placeholder":
+                step.tensor = raw_path(names[node.name]) if node.name in names else None
+                step.live = node.name in given
         for step in self.steps:
             for source in step.inputs:
                 self.steps[source].users.append(step.index)
+
+    def _append(self, node: Any, index: dict[Any, int], module: nn.Module) -> Step | None:
+        """The step of a node. A region (autocast, no_grad) is read as if its nodes stood in its place."""
+        op = _op_name(node.target) if node.op == "call_function" else node.op
+        if op in _REGIONS:
+            self._inline(node, index, module)
+            return None
+        if op == "getitem" and (node.args[0], node.args[1]) in index:
+            index[node] = index[node.args[0], node.args[1]]
+            return None
+        inputs = list(dict.fromkeys(index[source] for source in node.all_input_nodes if source in index))
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = raw_path("" if not stack or stack[-1][0] == "model" else re.sub(r"@\d+", "", stack[-1][0]))
+        arguments = tuple(_replace(argument, index) for argument in node.args)
+        step = Step(len(self.steps), op.rstrip("_"), arguments, inputs, _shape(node.meta.get("val")), path)
+        step.live = any(self.steps[source].live for source in inputs)
+        self.steps.append(step)
+        index[node] = step.index
+        if op.endswith("_") and not op.endswith("__") and inputs:
+            self._written(node, step.index, index)
+        return step
+
+    def _inline(self, node: Any, index: dict[Any, int], module: nn.Module) -> None:
+        place = next(i for i, argument in enumerate(node.args) if getattr(argument, "op", "") == "get_attr")
+        region = getattr(module, node.args[place].target)
+        given = list(node.args[place + 1 :])
+        for inner in region.graph.nodes:
+            if inner.op == "placeholder":
+                index[inner] = index[given.pop(0)]
+            elif inner.op == "output":
+                for position, returned in enumerate(inner.args[0]):
+                    index[node, position] = index[returned]
+            else:
+                self._append(inner, index, region)
 
     def _written(self, node: Any, written: int, index: dict[Any, int]) -> None:
         """An operation in place changed its first argument, and what that is a view of: later readers see the new value."""
@@ -264,6 +297,8 @@ class Flow:
     def is_layout(self, index: int) -> bool:
         """Whether the step only moves values, or scales them by numbers that do not depend on the inputs."""
         step = self.steps[index]
+        if step.path in self.norm_modules:
+            return False
         if step.op in ("mul", "div"):
             return sum(self.steps[source].live for source in step.inputs) < 2
         return step.op in LAYOUT
@@ -325,7 +360,7 @@ class _Value:
 
 def _replace(argument: Any, index: dict[Any, int]) -> Any:
     if isinstance(argument, torch.fx.Node):
-        return _Value(index[argument])
+        return _Value(index[argument]) if argument in index else None
     if isinstance(argument, (list, tuple)):
         return [_replace(item, index) for item in argument]
     return argument
@@ -334,7 +369,7 @@ def _replace(argument: Any, index: dict[Any, int]) -> Any:
 def _op_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[-1]
-    return getattr(target, "__name__", str(target))
+    return str(getattr(target, "_name", None) or getattr(target, "__name__", target))
 
 
 def _shape(value: Any) -> tuple[int, ...]:

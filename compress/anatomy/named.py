@@ -36,7 +36,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     weight = module._parameters.get("weight")
     if weight is None or list(module.children()):
         return None
-    if weight.ndim == 1:
+    if sum(size > 1 for size in weight.shape) <= 1:
         return "norm"
     # The layer of GPT-2 keeps its widths as nx and nf and its weight as [I, O].
     return "conv1d" if weight.ndim == 2 and getattr(module, "nf", None) == weight.shape[1] else "other"

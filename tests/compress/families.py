@@ -283,7 +283,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     ),
     "cvt": lambda: _hf(
         "CvtForImageClassification", "CvtConfig", False, "logits", size=64, embed_dim=[16, 32, 64], num_heads=[1, 2, 4],
-        depth=[1, 1, 2],
+        depth=[1, 2, 3],
     ),
     "hiera": lambda: _hf(
         "HieraForImageClassification", "HieraConfig", False, "logits", size=64, image_size=[64, 64], embed_dim=16,
