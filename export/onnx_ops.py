@@ -111,12 +111,12 @@ def _mul(b: Lowering, x: Held, y: Any) -> Held:
     return binary(b, "Mul", x, y)
 
 
-@lowers("maximum")
+@lowers("maximum", "max.other")
 def _maximum(b: Lowering, x: Held, y: Held) -> Held:
     return binary(b, "Max", x, y)
 
 
-@lowers("minimum")
+@lowers("minimum", "min.other")
 def _minimum(b: Lowering, x: Held, y: Held) -> Held:
     return binary(b, "Min", x, y)
 

@@ -454,3 +454,19 @@ def _im2col(b: Lowering, x: Held, kernel: Any, dilation: Any, padding: Any, stri
                 kernel_shape=kernel, strides=_tuple(stride, 2), pads=_tuple(padding, 2) * 2,
                 dilations=_tuple(dilation, 2), group=channels)  # fmt: skip
     return b.reshape(made, b.shape)
+
+
+@lowers("col2im")
+def _col2im(b: Lowering, x: Held, size: Sequence[Any], kernel: Any, dilation: Any, padding: Any, stride: Any) -> Held:
+    """Fold: the sum of windows at their places; windows that do not overlap are only moved."""
+    x = _input(b, x)
+    kernel, stride, padding = _tuple(kernel, 2), _tuple(stride, 2), _tuple(padding, 2)
+    if kernel == stride and not any(padding) and _tuple(dilation, 2) == [1, 1]:
+        channels = x.shape[1] // math.prod(kernel)
+        high, wide = (length // step for length, step in zip(size, kernel, strict=True))
+        split = b.reshape(x, (x.shape[0], channels, *kernel, high, wide))
+        return b.reshape(b.transpose(split, [0, 1, 4, 2, 5, 3]), b.shape)
+    if b.opset < 18:
+        raise b.refuse("fold of overlapping windows needs opset 18", "Set opset: 18 or more.")
+    return b.op("Col2Im", x, b.sizes(size), b.ints(*kernel), dtype=x.dtype, strides=stride, pads=padding * 2,
+                dilations=_tuple(dilation, 2))  # fmt: skip

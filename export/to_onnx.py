@@ -88,21 +88,22 @@ def lowerable(program: Any) -> Any:
     from export import onnx_carried, onnx_ops, onnx_ops_nn, onnx_ops_shape  # noqa: F401
     from export.onnx_lowering import LOWERINGS
 
-    unknown = {str(target) for target in _targets(program.graph)} - LOWERINGS.keys()
-    if not unknown:
+    if set(_targets(program.graph)) <= LOWERINGS.keys():
         return program
     table = {op: how for op, how in torch.export.default_decompositions().items() if str(op) not in LOWERINGS}
     return program.run_decompositions(table)
 
 
-def _targets(graph: Any) -> Iterator[Any]:
+def _targets(graph: Any) -> Iterator[str]:
+    """Names of the operations of a graph and of the regions in it."""
+    from export.onnx_lowering import functional
+
     for node in graph.nodes:
         if node.op == "get_attr" and hasattr(inner := getattr(graph.owning_module, node.target, None), "graph"):
             yield from _targets(inner.graph)
-        name = str(node.target)
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if not name.startswith(("aten._assert", "aten.sym_", "aten._check")):
-                yield node.target
+        passed = str(node.target).startswith(("aten._assert", "aten.sym_", "aten._check"))
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not passed:
+            yield functional(node)
 
 
 def _with_aliases(codes: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, dict[str, Any]]:
