@@ -29,7 +29,7 @@ class Chosen:
 
     def __get_pydantic_core_schema__(self, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = self.choices()
-        forms: list[CoreSchema] = []
+        forms: list[CoreSchema | tuple[CoreSchema, str]] = []
         bare = [name for name, choice in choices.items() if _has_defaults(choice)]
         if bare:
             forms.append(core_schema.literal_schema(bare))
@@ -43,7 +43,7 @@ class Chosen:
 
     def _read(self, value: Any) -> BaseModel:
         choices = self.choices()
-        if isinstance(value, tuple(choices.values())):
+        if isinstance(value, BaseModel) and type(value) in choices.values():
             return value
         name, options = self._entry(value)
         if name not in choices:
@@ -51,9 +51,7 @@ class Chosen:
         try:
             return choices[name].model_validate(options)
         except UserError as error:
-            raise PydanticCustomError(
-                "fault", "{what}", {"what": error.what, "hint": error.hint, "key": name}
-            ) from None
+            raise PydanticCustomError("fault", "{what}", {"what": error.what, "hint": error.hint, "key": name}) from None
         except ValidationError as error:
             raise _below(name, error) from None
 
@@ -63,17 +61,13 @@ class Chosen:
         if isinstance(value, dict) and len(value) == 1:
             ((name, options),) = value.items()
             return name, {} if options is None else options
-        what = (
-            f"holds {len(value)} names, must hold one" if isinstance(value, dict) else f"is not the name of {self.noun}"
-        )
+        what = f"holds {len(value)} names, must hold one" if isinstance(value, dict) else f"is not the name of {self.noun}"
         hint = "Write `- name` or `- name: {option: value}`; options stand indented below the name."
         raise PydanticCustomError("fault", "{what}", {"what": what, "hint": hint, "subject": True})
 
     def _unknown(self, name: str, choices: Mapping[str, type[BaseModel]]) -> PydanticCustomError:
         what = f"{name!r} is not the name of {self.noun}"
-        return PydanticCustomError(
-            "fault", "{what}", {"what": what, "given": name, "known": sorted(choices), "key": name}
-        )
+        return PydanticCustomError("fault", "{what}", {"what": what, "given": name, "known": sorted(choices), "key": name})
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ def _below(name: str, error: ValidationError) -> ValidationError:
     """The same error with ``name`` before every place in it."""
     details = [
         InitErrorDetails(
-            type=PydanticCustomError(line["type"], "{message}", {**line.get("ctx", {}), "message": line["msg"]}),  # type: ignore[arg-type]
+            type=PydanticCustomError(line["type"], "{message}", {**line.get("ctx", {}), "message": line["msg"]}),
             loc=(name, *line["loc"]),
             input=line["input"],
         )

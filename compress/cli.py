@@ -120,13 +120,13 @@ def inspect(
     """
     from compress import api
 
-    source, anatomy = api.inspect(target, trust=trust)
-    if as_json:
-        print(json.dumps(anatomy.json(), indent=2))
-        return
-    from compress.inspection import render
+    _, anatomy = api.inspect(target, trust=trust)
+    from compress.inspection import render, to_json
 
-    _console().print(render(anatomy, source.name))
+    if as_json:
+        print(to_json(anatomy))
+    else:
+        _console().print(render(anatomy))
 
 
 @app.command()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yaml.events import (
@@ -124,9 +125,7 @@ def read_text(path: Path) -> str:
     """
     where = str(path)
     if path.is_dir():
-        raise UserError(
-            where, "is a folder, a recipe is one YAML file", f"Name the file in it, such as {path / 'recipe.yaml'}."
-        )
+        raise UserError(where, "is a folder, a recipe is one YAML file", f"Name the file in it, such as {path / 'recipe.yaml'}.")
     if not path.exists():
         raise UserError(where, "no such file", "`compress recipes` lists the recipes that come with the package.")
     if not path.is_file():
@@ -137,9 +136,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(where, f"cannot be read: {error.strerror}", "Check the permissions of the file.") from None
     if size > MAX_BYTES:
-        raise UserError(
-            f"{where}:1:1", f"{size} bytes is too large for a recipe", f"A recipe has at most {MAX_BYTES} bytes."
-        )
+        raise UserError(f"{where}:1:1", f"{size} bytes is too large for a recipe", f"A recipe has at most {MAX_BYTES} bytes.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -166,9 +163,7 @@ def parse(text: str) -> Document:
         document.root = None
         document.faults.append(_character_fault(error, text))
     if document.root is None and not document.faults:
-        document.faults.append(
-            Fault(1, 1, "the file is empty", "Begin with `model:`; `compress recipes` lists examples.")
-        )
+        document.faults.append(Fault(1, 1, "the file is empty", "Begin with `model:`; `compress recipes` lists examples."))
     return document
 
 
@@ -178,7 +173,7 @@ def _build(text: str, document: Document) -> None:
     pending: list[str | None] = []
     documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+        line, column = _place(event.start_mark)
         if isinstance(event, DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -210,9 +205,7 @@ def _build(text: str, document: Document) -> None:
             open_nodes.append(node)
             pending.append(None)
             if len(open_nodes) > MAX_DEPTH:
-                document.faults.append(
-                    Fault(line, column, f"nested deeper than {MAX_DEPTH} levels", "No recipe needs that.")
-                )
+                document.faults.append(Fault(line, column, f"nested deeper than {MAX_DEPTH} levels", "No recipe needs that."))
                 document.root = None
                 return
     if document.root is not None and document.root.content is None:
@@ -220,7 +213,7 @@ def _build(text: str, document: Document) -> None:
 
 
 def _key(event: Event, holder: Node, document: Document) -> str:
-    line, column = event.start_mark.line + 1, event.start_mark.column + 1
+    line, column = _place(event.start_mark)
     if isinstance(event, AliasEvent):
         document.faults.append(Fault(line, column, f"alias *{event.anchor} is not allowed", "Write the key out."))
         return f"*{event.anchor}"
@@ -232,16 +225,14 @@ def _key(event: Event, holder: Node, document: Document) -> str:
         document.faults.append(Fault(line, column, f"the key {key or '(empty)'} is not text", hint))
     if key in holder.keys:
         first, _ = holder.keys[key]
-        document.faults.append(
-            Fault(line, column, f"{key!r} appears twice", f"The first is on line {first}; keep one.")
-        )
+        document.faults.append(Fault(line, column, f"{key!r} appears twice", f"The first is on line {first}; keep one."))
     else:
         holder.keys[key] = (line, column)
     return key
 
 
 def _value(event: Event, document: Document) -> Node:
-    line, column = event.start_mark.line + 1, event.start_mark.column + 1
+    line, column = _place(event.start_mark)
     node = Node(line, column)
     if isinstance(event, AliasEvent):
         hint = "Write the value out; recipes have no anchors and aliases."
@@ -257,9 +248,7 @@ def _value(event: Event, document: Document) -> Node:
         node.content = []
     elif isinstance(event, ScalarEvent) and event.implicit[0]:
         if _NOT_FINITE.fullmatch(event.value) or (_FLOAT.fullmatch(event.value) and _too_large(event.value)):
-            document.faults.append(
-                Fault(line, column, f"{event.value[:40]} is not a finite number", "Write a plain number.")
-            )
+            document.faults.append(Fault(line, column, f"{event.value[:40]} is not a finite number", "Write a plain number."))
         else:
             node.content = _scalar(event.value)
     elif isinstance(event, ScalarEvent):
@@ -271,11 +260,16 @@ def _text(event: ScalarEvent, document: Document) -> str:
     """The text of a scalar; escapes can write characters that no name and no path can have."""
     text = str(event.value)
     if found := _CONTROL.search(text):
-        line, column = event.start_mark.line + 1, event.start_mark.column + 1
+        line, column = _place(event.start_mark)
         what = f"character U+{ord(found.group()):04X} is not allowed in a recipe"
         document.faults.append(Fault(line, column, what, "Remove it."))
         return _CONTROL.sub("", text)
     return text
+
+
+def _place(mark: Any) -> tuple[int, int]:
+    """Line and column from 1 of a mark of the parser, which counts from 0 and is missing in a few errors."""
+    return (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
 
 
 def _too_large(text: str) -> bool:
@@ -295,8 +289,7 @@ def _scalar(text: str) -> Scalar:
 
 
 def _syntax_fault(error: yaml.MarkedYAMLError, text: str) -> Fault:
-    mark = error.problem_mark or error.context_mark
-    line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
+    line, column = _place(error.problem_mark or error.context_mark)
     what = f"not valid YAML: {error.problem or error.context or 'syntax error'}"
     lines = text.split("\n")
     if "\\t" in what or "\t" in (lines[line - 1][:column] if line <= len(lines) else ""):

@@ -6,15 +6,16 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
 
+from compress.anatomy import ROLES
 from compress.exporters import EXPORTERS
 from compress.faults import allowed, alternatives
 from compress.passes import known_passes
-from compress.recipe import Limits, Recipe, RecipeError, parse_recipe, recipe_schema
+from compress.recipe import Limits, Recipe, RecipeError, Role, parse_recipe, recipe_schema
 from compress.shipped import recipes_folder
 from compress.yaml_positions import parse
 
@@ -123,6 +124,10 @@ def test_the_contract_knows_every_exporter() -> None:
     for exporter in EXPORTERS:
         assert accept.model_fields[exporter.format].annotation is Limits
         assert exporter.format in allowed(recipe_schema(), ["accept", "unvalidated", 0])
+
+
+def test_roles_are_those_of_the_anatomy() -> None:
+    assert set(get_args(Role)) == set(ROLES)
 
 
 def _parts(model: Any) -> Iterator[Any]:
