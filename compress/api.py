@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +71,7 @@ def validate(folder: str | Path, *, trust: bool = False, progress: Progress | No
 
 
 def _model_of(target: Recipe | str | Path) -> tuple[ModelSpec, Path, int]:
-    if isinstance(target, str) and _MODEL.fullmatch(target) and not Path(target).exists():
+    if isinstance(target, str) and _MODEL.fullmatch(target) and not os.path.lexists(target):
         return ModelSpec(source=target), Path(), 0
     recipe = target if isinstance(target, Recipe) else read(find_recipe(str(target)))
     return recipe.model, recipe.base, recipe.seed

@@ -102,11 +102,7 @@ def _splits(recipe: Recipe) -> Found:
                 "shuffle goes with a count of rows only",
                 "Remove it, or give rows as a count.",
             )
-    if (
-        data.evaluation is not None
-        and data.format != "embedded"
-        and _overlap(recipe, data.calibration, data.evaluation)
-    ):
+    if data.evaluation is not None and data.format != "embedded" and _overlap(recipe, data.calibration, data.evaluation):
         hint = "Give both as ranges that do not meet, such as rows: 0-127 and rows: 128-999, or use two files."
         yield ("data", "evaluation"), "evaluation reads rows that calibration may have read", hint
 

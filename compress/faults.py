@@ -110,11 +110,7 @@ def _fault(path: tuple[Step, ...], group: list[ErrorDetails], document: Document
         what, _, hint = message.partition("\n")
         return Fault(line, column, f"{_name(path)}: {what}" if path else what, hint.strip() or _note(schema, path))
     if "[key]" in error["loc"]:
-        known = [
-            str(name)
-            for found in alternatives(schema, above)
-            for name in found.get("propertyNames", {}).get("enum", [])
-        ]
+        known = [str(name) for found in alternatives(schema, above) for name in found.get("propertyNames", {}).get("enum", [])]
         line, column = document.place(path, key=True)
         return Fault(line, column, f"unknown key {str(path[-1])!r}", nearest(str(path[-1]), known))
     return _refused(path, document.node(path), schema, error["msg"].lower())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def find_recipe(given: str) -> Path:
     """
     path = Path(given)
     names = {shipped.name: shipped.path for shipped in shipped_recipes()}
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         return path
     if given in names:
         return names[given]
@@ -72,9 +73,7 @@ def readme() -> str:
     from compress.passes import PASSES
 
     lines = ["# Recipes", "", "This file is written by `compress recipes --markdown`; a test keeps it true.", ""]
-    lines += [
-        "`compress apply NAME` runs one by its name. To make your own, copy the nearest one and change the lines that"
-    ]
+    lines += ["`compress apply NAME` runs one by its name. To make your own, copy the nearest one and change the lines that"]
     lines += ["its comments point at; `compress schema` gives editors the names and values of every key.", ""]
     lines += ["| recipe | passes | files |", "|---|---|---|"]
     shipped = shipped_recipes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,15 +20,12 @@ from yaml.events import (
 )
 from yaml.reader import ReaderError
 
-from calibrate.errors import UserError
-
-__all__ = ["Document", "Fault", "Node", "Scalar", "Step", "parse", "read_text"]
+__all__ = ["Document", "Fault", "Node", "Scalar", "Step", "parse"]
 
 Scalar = None | bool | int | float | str
 Step = str | int
 """One step of a path into the document: a key or a list index."""
 
-MAX_BYTES = 256 * 1024
 MAX_DEPTH = 24
 MAX_DIGITS = 300
 
@@ -115,35 +111,6 @@ def _child(node: Node | None, step: Step) -> Node | None:
     if isinstance(node.content, list) and isinstance(step, int) and 0 <= step < len(node.content):
         return node.content[step]
     return None
-
-
-def read_text(path: Path) -> str:
-    """The text of a small UTF-8 file.
-
-    Raises:
-        UserError: the file is absent, no regular file, not readable, larger than 256 KiB or not UTF-8 (with the place).
-    """
-    where = str(path)
-    if path.is_dir():
-        raise UserError(where, "is a folder, a recipe is one YAML file", f"Name the file in it, such as {path / 'recipe.yaml'}.")
-    if not path.exists():
-        raise UserError(where, "no such file", "`compress recipes` lists the recipes that come with the package.")
-    if not path.is_file():
-        raise UserError(where, "is not a regular file", "A recipe is one YAML file.")
-    try:
-        size = path.stat().st_size
-        raw = path.read_bytes() if size <= MAX_BYTES else b""
-    except OSError as error:
-        raise UserError(where, f"cannot be read: {error.strerror}", "Check the permissions of the file.") from None
-    if size > MAX_BYTES:
-        raise UserError(f"{where}:1:1", f"{size} bytes is too large for a recipe", f"A recipe has at most {MAX_BYTES} bytes.")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = raw[: error.start].decode("utf-8", "replace")
-        line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
-        what = f"byte 0x{raw[error.start]:02x} is not UTF-8 text"
-        raise UserError(f"{where}:{line}:{column}", what, "Save the file as UTF-8.") from None
 
 
 def parse(text: str) -> Document:

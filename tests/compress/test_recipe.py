@@ -103,9 +103,7 @@ def test_rows(written: str, selection: object, span: object) -> None:
 
 
 def test_short_and_long_forms_are_the_same() -> None:
-    long = GOOD.replace("model: embedded:digits-vit", 'model: {source: "embedded:digits-vit"}').replace(
-        "- onnx", "- onnx: {}"
-    )
+    long = GOOD.replace("model: embedded:digits-vit", 'model: {source: "embedded:digits-vit"}').replace("- onnx", "- onnx: {}")
     assert values(parse_recipe(long)) == values(parse_recipe(GOOD))
     assert values(parse_recipe(GOOD.replace("- onnx", "- onnx:"))) == values(parse_recipe(GOOD))
 
@@ -189,9 +187,7 @@ def test_keys_that_do_not_go_together(old: str, new: str, place: str, what: str)
     ],
 )
 def test_calibration_and_evaluation_of_one_file_must_not_meet(calibration: str, evaluation: str, apart: bool) -> None:
-    text = TEXT.replace("rows: 64", f"rows: {calibration}").replace(
-        "{path: dev.tsv}", f"{{path: train.tsv, rows: {evaluation}}}"
-    )
+    text = TEXT.replace("rows: 64", f"rows: {calibration}").replace("{path: dev.tsv}", f"{{path: train.tsv, rows: {evaluation}}}")
     if apart:
         parse_recipe(text)
     else:

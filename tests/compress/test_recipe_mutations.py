@@ -49,9 +49,7 @@ VALUES = st.recursive(
     | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["weights", "path", "rows", "start", "count", "text", "onnx", ""]), inner, max_size=3
-        )
+        | st.dictionaries(st.sampled_from(["weights", "path", "rows", "start", "count", "text", "onnx", ""]), inner, max_size=3)
     ),
     max_leaves=6,
 )

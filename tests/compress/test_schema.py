@@ -15,7 +15,8 @@ from compress.anatomy import ROLES
 from compress.exporters import EXPORTERS
 from compress.faults import allowed, alternatives
 from compress.passes import known_passes
-from compress.recipe import Limits, Recipe, RecipeError, Role, parse_recipe, recipe_schema
+from compress.recipe import Recipe, RecipeError, parse_recipe, recipe_schema
+from compress.sections import Limits, Role
 from compress.shipped import recipes_folder
 from compress.yaml_positions import parse
 
@@ -133,6 +134,6 @@ def test_roles_are_those_of_the_anatomy() -> None:
 def _parts(model: Any) -> Iterator[Any]:
     for field in model.model_fields.values():
         for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(inner, type) and inner.__module__ == "compress.recipe":
+            if isinstance(inner, type) and inner.__module__ == "compress.sections":
                 yield inner
                 yield from _parts(inner)
