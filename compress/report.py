@@ -233,3 +233,7 @@ def _size(row: Row) -> str:
 def _validated(row: Row) -> str:
     words = {"reference": row.runtime, "none": f"not run: {row.note}" if row.note else "not run"}
     return words.get(row.validated, f"{row.validated}: {row.runtime}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))
