@@ -106,11 +106,12 @@ def _orders(codes: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _find(engine: bytes, matrix: np.ndarray[Any, Any], bits: int) -> bool:
-    rows = _bytes_of_rows(matrix, bits)
+    whole = _packed(matrix.reshape(1, -1), bits)
+    if whole is not None and engine.find(whole.tobytes()) >= 0:
+        return True
+    rows = _packed(matrix, bits)
     if rows is None:
         return False
-    if engine.find(rows.tobytes()) >= 0:
-        return True
     first, second, span = rows[0].tobytes(), rows[min(1, len(rows) - 1)].tobytes(), 64 * rows.shape[1]
     plan = np.frombuffer(engine, np.uint8)
     start = engine.find(first)
@@ -127,7 +128,7 @@ def _find(engine: bytes, matrix: np.ndarray[Any, Any], bits: int) -> bool:
     return False
 
 
-def _bytes_of_rows(matrix: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any] | None:
+def _packed(matrix: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any] | None:
     """Rows of codes as bytes [rows, bytes]; None where a 4-bit row does not fill whole bytes."""
     values = np.ascontiguousarray(matrix).view(np.uint8)
     if bits == 8:

@@ -149,8 +149,9 @@ def _ended(code: int, stderr: str) -> dict[str, Any]:
 
 
 def _refused(builder: str, answer: Mapping[str, Any]) -> UserError:
-    errors = [line for text in answer["errors"] for line in text.splitlines() if line.strip()] or ["no reason given"]
-    first, whole = _plain(errors[0]), "\n".join(errors)
+    errors = [line.strip() for text in answer["errors"] for line in text.splitlines() if line.strip()]
+    telling = [line for line in errors if not line.startswith("Invalid Node")] or errors or ["it gave no reason"]
+    first, whole = _plain(telling[0]), "\n".join(errors)
     if answer["stage"] == "start" and re.match(r"(ModuleNotFound|Import)Error", first):
         install = f"pip install 'transformer-compress[{builder}]'"
         return MissingRuntime("export.tensorrt", f"{product(builder)} cannot be loaded: {first}", install)

@@ -7,7 +7,7 @@ does to the weight is done to the dequantized values; the builder moves it back 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,10 @@ def explicit() -> Iterator[None]:
     """While it lasts, carried weights are lowered to codes, DequantizeLinear and whatever follows, and nothing else."""
     from export import onnx_carried  # noqa: F401 - its entries are the ones that are put back
 
-    own = {"compress.dequantize.default": _dequantize, "compress.embedding.default": _embedding}
+    own: dict[str, Callable[..., Any]] = {
+        "compress.dequantize.default": _dequantize,
+        "compress.embedding.default": _embedding,
+    }
     kept = {name: LOWERINGS[name] for name in own}
     LOWERINGS.update(own)
     try:

@@ -91,12 +91,12 @@ class EngineRunner(Runner):
     back.
     """
 
-    def __init__(self, engine: bytes, library: str, title: str) -> None:
+    def __init__(self, engine: bytes, library: str, name: str) -> None:
         """
         Args:
             engine: the plan.
             library: Python module, ``tensorrt`` or ``tensorrt_rtx``.
-            title: name and version for reports.
+            name: the library's name for reports.
 
         Raises:
             RuntimeError: the library cannot load the plan on this device, with its own words.
@@ -108,16 +108,17 @@ class EngineRunner(Runner):
         self._context: Any = self._engine and self._engine.create_execution_context()
         if self._context is None:
             raise RuntimeError(self._said[0] if self._said else "the engine cannot be loaded")
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self._output = next(name for name in names if name not in self._inputs)
-        self._dtypes = {name: _TORCH[self._engine.get_tensor_dtype(name).name] for name in names}
+        tensors = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        given = trt.TensorIOMode.INPUT
+        self._inputs = [tensor for tensor in tensors if self._engine.get_tensor_mode(tensor) == given]
+        self._output = next(tensor for tensor in tensors if tensor not in self._inputs)
+        self._dtypes = {tensor: _TORCH[self._engine.get_tensor_dtype(tensor).name] for tensor in tensors}
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         first = self._inputs[0]
         fixed = int(self._engine.get_tensor_shape(first)[0])
         self.rows = fixed if fixed >= 0 else None
         self._most = fixed if fixed >= 0 else int(self._engine.get_tensor_profile_shape(first, 0)[2][0])
-        self.runtime = f"{title} on {torch.cuda.get_device_name()}"
+        self.runtime = f"{name} {trt.__version__} on {torch.cuda.get_device_name()}"
 
     def __call__(self, batch: Batch) -> Tensor:
         total = batch[self._inputs[0]].shape[0]

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import TensorSpec
@@ -138,7 +138,7 @@ class TensorRTExporter(Exporter):
         reason = _no_gpu(library)
         if not reason:
             try:
-                return EngineRunner(engine, LIBRARIES[library], title)
+                return EngineRunner(engine, LIBRARIES[library], product(library))
             except RuntimeError as error:
                 reason = f"it does not load on {torch.cuda.get_device_name()}: {_first_line(error)}"
         return _proxy(path, title, reason, threads)
@@ -208,12 +208,17 @@ def _refusals(module: nn.Module) -> Iterator[str]:
         return
     if activation.kind == "dynamic":
         yield "its activation grid is made at run time, and TensorRT takes static scales only"
-    elif not activation.symmetric:
+    elif not activation.symmetric or _shifted(activation.zero_point):
         yield "its activation codes are asymmetric, and TensorRT takes symmetric ones only"
     if activation.bits != 8:
         yield f"its activations have {activation.bits} bits, and TensorRT has 8-bit ones only"
     if grouped:
         yield "TensorRT has no kernel for group scales under quantized activations; scale by channel"
+
+
+def _shifted(zero_point: Tensor) -> bool:
+    """Whether a zero point is not zero; one without data (a preview of the model) is not judged."""
+    return not zero_point.is_meta and bool((zero_point != 0).any())
 
 
 def _profile(source: Traceable, ranges: Mapping[str, list[int]]) -> dict[str, list[list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _quantized(grid: Grid, activation: str | None, table: bool = True) -> Encode
     model = _float()
     ranges: dict[str, float] = {}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: ranges.__setitem__(name, float(args[0].abs().max())))
+        module.register_forward_pre_hook(lambda _, args, name=name: ranges.update({name: float(args[0].abs().max())}))
         for name, module in model.named_children()
         if isinstance(module, nn.Linear)
     ]
@@ -136,6 +137,22 @@ def built() -> None:
     pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Path]:
+    """The INT8 model and its engine, built once; tests that change the files take a copy."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    model, path = _quantized(INT8, "static"), tmp_path_factory.mktemp("engine") / "model.engine"
+    TensorRTExporter().write(Traceable(model, _signature(), _example()), path)
+    return model, path
+
+
+def _copy(path: Path, folder: Path) -> Path:
+    for file in path.parent.iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder / path.name
+
+
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_codes_are_in_the_engine_and_the_proxy_agrees(case: str, tmp_path: Path) -> None:
@@ -175,14 +192,11 @@ def test_the_same_codes_are_in_the_engine_and_the_proxy_agrees(case: str, tmp_pa
     assert _sqnr(expected, runner(rows)) > (90.0 if options.get("precision") == "float32" and not activation else floor)
 
 
-@pytest.mark.usefixtures("built")
-def test_control_a_code_flipped_in_the_qdq_file_is_noticed(tmp_path: Path) -> None:
+def test_control_a_code_flipped_in_the_qdq_file_is_noticed(once: tuple[Encoder, Path], tmp_path: Path) -> None:
     import onnx
 
-    model = _quantized(INT8, "static")
-    exporter = TensorRTExporter()
-    path = tmp_path / "model.engine"
-    exporter.write(Traceable(model, _signature(), _example()), path)
+    (model, built), exporter = once, TensorRTExporter()
+    path = _copy(built, tmp_path)
     given = tensorrt_contents.qdq_path(path)
     file = onnx.load(str(given))
     kept = [item for item in file.graph.initializer if item.data_type == onnx.TensorProto.INT8]
@@ -197,16 +211,81 @@ def test_control_a_code_flipped_in_the_qdq_file_is_noticed(tmp_path: Path) -> No
     assert tensorrt_contents.engine_report(path)["codes_in_engine"]["not_found"] == differing
 
 
-@pytest.mark.usefixtures("built")
-def test_control_an_engine_without_the_integers_does_not_count_as_holding_them(tmp_path: Path) -> None:
-    exporter, path = TensorRTExporter(), tmp_path / "model.engine"
-    model = _quantized(INT8, "static")
-    exporter.write(Traceable(model, _signature(), _example()), path)
+def test_control_an_engine_without_the_integers_does_not_count(once: tuple[Encoder, Path], tmp_path: Path) -> None:
+    (model, built), exporter = once, TensorRTExporter()
+    path = _copy(built, tmp_path)
     exporter.write(Traceable(_float(), _signature(), _example()), tmp_path / "float.engine")
     (tmp_path / "float.engine").replace(path)
     contents = exporter.contents(path)
     assert contents.codes == {}
     assert set(_codes(model)) <= set(contents.float_layers)
+
+
+class Patches(nn.Module):
+    """A patch embedding and a depthwise convolution as codes, and a head over the mean."""
+
+    def __init__(self, grid: Grid, activation: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.patch = QuantConv2d((16, 3, 4, 4), grid, activation, bias=True, stride=(4, 4))
+        self.depthwise = QuantConv2d((16, 1, 3, 3), grid, activation, bias=False, padding=(1, 1), groups=16)
+        self.head = QuantLinear((10, 16), grid, activation, bias=True)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch(pixels)
+        head: Tensor = self.head((x + self.depthwise(x)).flatten(2).mean(2))
+        return head
+
+
+class Tied(nn.Module):
+    """A table that is read by rows and is the head's weight too; its scales are too small for float16."""
+
+    def __init__(self, grid: Grid, activation: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.table = QuantEmbedding((VOCABULARY, WIDTH), grid)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = QuantLinear((VOCABULARY, WIDTH), grid, activation, bias=False)
+        self.head.quantized_weight = self.table.quantized_weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.table(input_ids) * 1000.0 + attention_mask.unsqueeze(-1)))
+        return logits
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(("bits", "static"), [(8, True), (4, False)])
+@pytest.mark.parametrize("kind", [Patches, Tied])
+def test_convolutions_and_tied_tables_keep_their_codes(
+    kind: type[nn.Module], bits: int, static: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = kind(Grid(bits), {"kind": "static", "symmetric": True} if static else None).eval()
+    signature, example = _signature(), _example()
+    if kind is Patches:
+        signature = Signature((TensorSpec("pixels", torch.float32, ("batch", 3, 16, 16)),))
+        example = {"pixels": torch.randn(4, 3, 16, 16)}
+    for module in model.modules():
+        if hasattr(module, "quantized_weight"):
+            shape: tuple[int, ...] = module.quantized_weight.shape  # type: ignore[union-attr,assignment]
+            spread = 1e-3 if kind is Tied else (shape[0] / torch.Size(shape).numel()) ** 0.5
+            _store(module, spread * torch.randn(shape), Grid(bits))
+        if static and getattr(module, "activation", None) is not None:
+            module.activation.scale = torch.tensor(4 / 127)  # type: ignore[union-attr]
+    exporter, path = TensorRTExporter(), tmp_path / "model.engine"
+    artifact = exporter.write(Traceable(model, signature, example), path)
+    held, codes = exporter.contents(path).codes, _codes(model)
+    assert {name: np.array_equal(held[name], array) for name, array in codes.items()} == dict.fromkeys(codes, True)
+    assert artifact.details["codes_in_engine"]["not_found"] == []
+    with torch.no_grad():
+        assert _sqnr(model(**example), exporter.open(path, 1)(example)) > (30.0 if static else 50.0)
+
+
+def test_the_methods_that_run_an_engine_exist() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    engine = {"get_tensor_name", "num_io_tensors", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape"}
+    assert engine | {"get_tensor_profile_shape", "create_execution_context"} <= set(dir(trt.ICudaEngine))
+    context = {"set_input_shape", "set_tensor_address", "get_tensor_shape", "execute_async_v3"}
+    assert context <= set(dir(trt.IExecutionContext))
+    assert {"FLOAT", "HALF", "INT8", "INT32", "INT64", "BOOL"} <= set(trt.DataType.__members__)
 
 
 @pytest.mark.usefixtures("built")
@@ -219,11 +298,11 @@ def test_a_float_model_is_written_and_runs_as_proxy(tmp_path: Path) -> None:
         assert _sqnr(model(**_example()), exporter.open(path, 1)(_example())) > 90.0
 
 
-@pytest.mark.usefixtures("built")
-def test_a_failed_build_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exporter, path = TensorRTExporter(), tmp_path / "model.engine"
-    source = Traceable(_quantized(INT8, "static"), _signature(), _example())
-    exporter.write(source, path)
+def test_a_failed_build_leaves_what_was_there(
+    once: tuple[Encoder, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model, built), exporter = once, TensorRTExporter()
+    path, source = _copy(built, tmp_path), Traceable(model, _signature(), _example())
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def fail(*_: Any, **__: Any) -> None:

@@ -104,6 +104,13 @@ def test_four_bit_codes_lie_two_in_a_byte_the_first_one_low(transposed: bool) ->
     assert not holds(b"x" + (flat[1::2] | flat[::2] << 4).tobytes(), codes, 4)
 
 
+def test_four_bit_rows_of_odd_width_are_found_whole() -> None:
+    codes = np.random.default_rng(0).integers(-8, 8, (4, 1, 3, 3)).astype(np.int8)
+    flat = codes.reshape(-1).view(np.uint8) & 15
+    assert holds(b"x" + (flat[::2] | flat[1::2] << 4).tobytes(), codes, 4)
+    assert not holds(b"x" + (flat[::2] | flat[1::2] << 4)[:-1].tobytes(), codes, 4)
+
+
 def test_convolution_weights_are_found_with_channels_last_and_padded() -> None:
     codes = np.random.default_rng(0).integers(-128, 128, (8, 3, 2, 2)).astype(np.int8)
     last = codes.transpose(0, 2, 3, 1)
