@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibrate.errors import UserError
 from compress.recipe import ModelSpec, Recipe, read
 from compress.shipped import find_recipe
 
@@ -73,5 +74,7 @@ def validate(folder: str | Path, *, trust: bool = False, progress: Progress | No
 def _model_of(target: Recipe | str | Path) -> tuple[ModelSpec, Path, int]:
     if isinstance(target, str) and _MODEL.fullmatch(target) and not os.path.lexists(target):
         return ModelSpec(source=target), Path(), 0
+    if not isinstance(target, Recipe) and os.path.isfile(os.path.join(target, "config.json")):
+        raise UserError(str(target), "is the folder of a model, not a recipe", f"Write hf:{target} for the model in it.")
     recipe = target if isinstance(target, Recipe) else read(find_recipe(str(target)))
     return recipe.model, recipe.base, recipe.seed
