@@ -33,11 +33,13 @@ def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
 
 def obstacle(model: nn.Module, path: str, kind: str) -> str | None:
     """Why the module at ``path`` cannot be replaced by a quantized layer, or None."""
+    if path not in dict(model.named_modules(remove_duplicate=False)):
+        return "it is a parameter of its own, not a layer"
     module = model.get_submodule(path)
     if is_quantized(module):
         return None
     if kind not in ("linear", "conv1d", "conv2d", "embedding"):
-        return f"a {type(module).__name__} holds its projections as packed parameters, not as modules"
+        return f"a {type(module).__name__} is no linear layer, 2-D convolution or embedding"
     if not isinstance(getattr(module, "weight", None), nn.Parameter):
         return f"a {type(module).__name__} has no parameter called weight"
     if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from calibrate.errors import UserError
 from compress.passes.contract import Context, Pass, Target
+from compress.passes.drop_layers import DropLayers
 from compress.passes.quantize import Quantize
 
 __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
-PASSES: tuple[type[Pass], ...] = (Quantize,)
+PASSES: tuple[type[Pass], ...] = (Quantize, DropLayers)
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 
 

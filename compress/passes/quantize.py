@@ -135,7 +135,7 @@ class Quantize(Pass):
         for site in anatomy.sites:
             if site.path not in chosen:
                 continue
-            if is_quantized(model.get_submodule(site.path)):
+            if site.kind != "other" and is_quantized(model.get_submodule(site.path)):
                 if site.path in left:
                     continue
                 raise UserError(
@@ -154,11 +154,11 @@ class Quantize(Pass):
     def _chosen(self, anatomy: Anatomy) -> set[str]:
         if self.sites is None:
             inside = [site for site in anatomy.sites if site.block is not None]
-            chosen = {site.path for site in inside if site.kind not in ("norm", "embedding")}
+            chosen = {site.path for site in inside if site.kind not in ("norm", "embedding") and site.roles}
         else:
             chosen = {site.path for site in anatomy.select(self.sites, self.name) if site.kind != "norm"}
         if self.embeddings is not None:
-            chosen |= {site.path for site in anatomy.sites if site.kind == "embedding"}
+            chosen |= {site.path for site in anatomy.sites if site.kind == "embedding" or "embedding" in site.roles}
         return chosen
 
     def _grid(self, model: nn.Module, site: Site) -> Grid:
