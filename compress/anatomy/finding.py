@@ -264,10 +264,16 @@ def _flops(flow: Flow, index: int) -> int:
 
 
 def _product_flops(flow: Flow, attentions: list[Attention]) -> list[tuple[str, int]]:
-    """FLOPs of one row of the products of two computed values, with the module that they are in."""
+    """FLOPs of one row of the products of two computed values, with the layer that they serve or the module they are in."""
+    serves = {
+        index: flow.projections[attention.projections[-1]].path
+        for attention in attentions
+        if attention.projections
+        for index in attention.core
+    }
     cores = {attention.core[-1] for attention in attentions}
     steps = {index for index in flow.products if flow.steps[index].live} | cores
-    return [(flow.steps[index].path, _flops(flow, index) // _ROWS) for index in sorted(steps)]
+    return [(serves.get(index, flow.steps[index].path), _flops(flow, index) // _ROWS) for index in sorted(steps)]
 
 
 def _assemble(model: nn.Module, draught: _Draught, given: Mapping[str, Any]) -> Anatomy:

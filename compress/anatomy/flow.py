@@ -230,8 +230,9 @@ class Flow:
         if len(shape) < 2 or (not carried and not self._is_parameter(name)):
             return None
         path, whole = self._owner(name, step.path)
-        kind = self._kind(step, direct=start == origin) if whole else "other"
-        return Weight(path, kind, shape, whole, _groups(step))
+        turned = step.op in PRODUCTS and start != origin and self.steps[origin].shape == shape[::-1] and len(shape) == 2
+        kind = self._kind(step, direct=start == origin, turned=turned) if whole else "other"
+        return Weight(path, kind, shape[::-1] if turned else shape, whole, _groups(step))
 
     def _largest(self, start: int) -> int | None:
         """The largest stored tensor that a value is computed from, unless a projection or a product lies between."""
@@ -260,7 +261,9 @@ class Flow:
         layer = re.sub(r"\.(quantized_weight|parametrizations\.weight)$", "", holder)
         return (layer, True) if attribute == "weight" or layer != holder else (name, False)
 
-    def _kind(self, step: Step, direct: bool) -> str:
+    def _kind(self, step: Step, direct: bool, turned: bool) -> str:
+        if turned and step.op != "einsum":
+            return "linear"
         if step.op in PRODUCTS:
             return "conv1d" if direct and step.op in ("addmm", "matmul", "mm") else "other"
         kinds = {"linear": "linear", "embedding": "embedding", "conv2d": "conv2d"}
