@@ -37,9 +37,7 @@ def read_contents(path: Path) -> Contents:
     codes: dict[str, np.ndarray[Any, Any]] = {}
     for name, sites in json.loads(package.metadata[CODES]).items():
         if name not in ops:
-            raise UserError(
-                str(path), f"the weight {name} of {', '.join(sites)} is not in the program", "Write it again."
-            )
+            raise UserError(str(path), f"the weight {name} of {', '.join(sites)} is not in the program", "Write it again.")
         for site in sites:
             codes[site] = codes_of(ops[name], constants)
     return Contents(_bytes_by_dtype(package), codes, tuple(_float_layers(package, constants)))
@@ -106,11 +104,7 @@ def _float_layers(package: Package, constants: Mapping[str, Stored]) -> list[str
         for name in arguments.get(op.kind, ()):
             given = op.inputs[name][0]
             stored = constants.get(given) if isinstance(given, str) else None
-            if (
-                stored is not None
-                and stored.type.dtype in _FLOATS
-                and sum(size != 1 for size in stored.type.shape) >= 2
-            ):
+            if stored is not None and stored.type.dtype in _FLOATS and sum(size != 1 for size in stored.type.shape) >= 2:
                 found[str(paths.get(given, given))] = None
     return list(found)
 

@@ -99,9 +99,7 @@ def _finite_tensor(value: Tensor, half: bool) -> Tensor:
     if low >= (-65504 if half else -_MASK) and high < _MASK:
         return value
     limit = 3e4 if half else _MASK
-    changed = torch.where(
-        value >= _MASK, limit, torch.where(value < (-65504 if half else -_MASK), -limit, value.detach())
-    )
+    changed = torch.where(value >= _MASK, limit, torch.where(value < (-65504 if half else -_MASK), -limit, value.detach()))
     return torch.nn.Parameter(changed, requires_grad=False) if isinstance(value, torch.nn.Parameter) else changed
 
 
@@ -163,9 +161,7 @@ class Carrier:
 
         x, scale, shift, bits = _inputs(context, node)
         if int(bits.val) != 8 or self.target == "iOS16":
-            raise UserError(
-                "", f"Core ML {self.target} cannot round activations to {int(bits.val)} bits", "Use 8, iOS17."
-            )
+            raise UserError("", f"Core ML {self.target} cannot round activations to {int(bits.val)} bits", "Use 8, iOS17.")
         step, zero = np.float32(np.asarray(scale.val).item()), np.int8(np.asarray(shift.val).item())
         arguments = {"scale": step} if zero == 0 else {"scale": step, "zero_point": zero}
         codes = mb.quantize(input=x, output_dtype="int8", **arguments)

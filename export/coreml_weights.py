@@ -34,9 +34,7 @@ class Weight:
 
     def key(self) -> str:
         """Equal for equal weights only."""
-        content = hashlib.sha256(
-            repr((self.bits, self.codes.shape, self.scale.shape, self.zero_point is None)).encode()
-        )
+        content = hashlib.sha256(repr((self.bits, self.codes.shape, self.scale.shape, self.zero_point is None)).encode())
         for part in (self.codes, self.scale, self.zero_point):
             content.update(b"" if part is None else np.ascontiguousarray(part).data)
         return content.hexdigest()
@@ -156,14 +154,10 @@ def refusal(target: Target, bits: int, shape: tuple[int, ...], scales: tuple[int
     """Why the target cannot store codes of these bits, weight shape and scale shape; None where it can."""
     if target == "iOS18":
         if block_counts(shape, scales) is None:
-            return (
-                "a group of inputs cuts the convolution kernel unevenly; choose a group size that is a multiple of it"
-            )
+            return "a group of inputs cuts the convolution kernel unevenly; choose a group size that is a multiple of it"
         return None
     if scales[1] > 1:
         return f"{target} has no scale per group of inputs; use target iOS18 or granularity channel"
     if bits != 8 and scales[0] > 1:
-        return (
-            f"{target} stores {bits}-bit codes only with one scale per tensor; use target iOS18 or granularity tensor"
-        )
+        return f"{target} stores {bits}-bit codes only with one scale per tensor; use target iOS18 or granularity tensor"
     return None

@@ -85,11 +85,9 @@ class Program:
         values: dict[str, Any] = {}
         for name, kind in self.package.inputs.items():
             if name not in inputs:
-                raise UserError(
-                    str(self.package.path), f"input {name!r} is missing", f"It takes {', '.join(self.types)}."
-                )
-            if not kind.admits(tuple(inputs[name].shape)):
-                what = f"input {name!r} is {list(inputs[name].shape)}, the program takes {list(kind.shape)}"
+                raise UserError(str(self.package.path), f"input {name!r} is missing", f"It takes {', '.join(self.types)}.")
+            if not self.package.admits(name, tuple(inputs[name].shape)):
+                what = f"input {name!r} is {list(inputs[name].shape)}, the program takes {self.package.takes(name)}"
                 raise UserError(str(self.package.path), what, "Give the shape it was written for, or write it again.")
             values[name] = _rounded(inputs[name].to(_RUN[kind.dtype]), kind)
         with torch.inference_mode():
@@ -131,10 +129,7 @@ class Program:
         known: dict[str, Any] = {}
         waiting: dict[str, tuple[str | Tensor, ...]] = {}
         for name, parts in op.inputs.items():
-            found = [
-                _decode(part, part.type) if isinstance(part, Stored) else self.constants.get(part, part)
-                for part in parts
-            ]
+            found = [_decode(part, part.type) if isinstance(part, Stored) else self.constants.get(part, part) for part in parts]
             pending = any(isinstance(a, str) and a is b for a, b in zip(found, parts, strict=True))
             if pending:
                 waiting[name] = tuple(found)

@@ -340,14 +340,14 @@ def _gather(args: Args) -> Tensor:
     indices = _wrapped(args["indices"], x.shape[axis])
     if not batch:
         picked = x.index_select(axis, indices.reshape(-1))
-        return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+        return picked.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
     lead = x.shape[:batch]
     rows = [
         _gather({"x": part, "axis": axis - batch, "indices": index})
         for part, index in zip(x.flatten(0, batch - 1), indices.flatten(0, batch - 1), strict=True)
     ]
     result = torch.stack(rows)
-    return result.reshape(*lead, *result.shape[1:])
+    return result.reshape([*lead, *result.shape[1:]])
 
 
 def _gather_nd(args: Args) -> Tensor:

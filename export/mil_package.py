@@ -69,9 +69,7 @@ class MilType:
     shape: tuple[int | None, ...] = ()
 
     def admits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == len(self.shape) and all(
-            a is None or a == b for a, b in zip(self.shape, shape, strict=True)
-        )
+        return len(shape) == len(self.shape) and all(a is None or a == b for a, b in zip(self.shape, shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -151,6 +149,35 @@ class Package:
     def inputs(self) -> dict[str, MilType]:
         return {value.name: _type(value.type) for value in self.function.inputs}
 
+    def takes(self, name: str) -> str:
+        """The shapes that an input may have, in words."""
+        ranges, listed = self._flexible.get(name, ([], []))
+        if listed:
+            return " or ".join(str(shape) for shape in listed)
+        if ranges:
+            return str([low if low == high else f"{low}..{high}" for low, high in ranges]).replace("'", "")
+        return str(list(self.inputs[name].shape))
+
+    def admits(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether an input may have this shape: a range or a list of shapes stands in the description, not in the program."""
+        ranges, listed = self._flexible.get(name, ([], []))
+        if listed:
+            return list(shape) in listed
+        if ranges:
+            return len(ranges) == len(shape) and all(
+                low <= size and (high < 0 or size <= high) for size, (low, high) in zip(shape, ranges, strict=True)
+            )
+        return self.inputs[name].admits(shape)
+
+    @cached_property
+    def _flexible(self) -> dict[str, tuple[list[tuple[int, int]], list[list[int]]]]:
+        found = {}
+        for feature in self.spec.description.input:
+            array = feature.type.multiArrayType
+            ranges = [(int(size.lowerBound), int(size.upperBound)) for size in array.shapeRange.sizeRanges]
+            found[feature.name] = (ranges, [list(entry.shape) for entry in array.enumeratedShapes.shapes])
+        return found
+
     @property
     def outputs(self) -> list[str]:
         return list(self.block.outputs)
@@ -227,9 +254,7 @@ def _type(message: Any) -> MilType:
     if message.WhichOneof("type") != "tensorType":
         return MilType("other")
     tensor = message.tensorType
-    shape = tuple(
-        int(size.constant.size) if size.WhichOneof("dimension") == "constant" else None for size in tensor.dimensions
-    )
+    shape = tuple(int(size.constant.size) if size.WhichOneof("dimension") == "constant" else None for size in tensor.dimensions)
     return MilType(DTYPES.get(tensor.dataType, str(tensor.dataType)), shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
@@ -85,6 +87,7 @@ class CoreMLExporter(Exporter):
         refused = self.refuses(source.model)
         if refused:
             raise UserError(refused[0][0], refused[0][1], f"{len(refused)} sites are refused; see `compress plan`.")
+        self._check_shapes(source)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".coreml-", dir=path.parent))
@@ -125,7 +128,7 @@ class CoreMLExporter(Exporter):
                         program,
                         convert_to="mlprogram",
                         inputs=self._inputs(ct, source),
-                        outputs=[ct.TensorType(name=source.signature.output_name)],
+                        outputs=[ct.TensorType(name=source.signature.output_name, dtype=np.float32)],
                         minimum_deployment_target=getattr(ct.target, self.target),
                         compute_precision=getattr(ct.precision, self.precision.upper()),
                         pass_pipeline=pipeline,
@@ -141,9 +144,19 @@ class CoreMLExporter(Exporter):
         return carrier, program
 
     def _traced(self, source: Traceable) -> ExportedProgram:
-        import copy
-
-        traced = source.program(frozenset(self._free()), self.batch)
+        """The shared trace, copied on the surface; raises ``UserError`` where the model takes less than ``shapes`` allows."""
+        free = self._free()
+        traced = source.program(frozenset(free), self.batch)
+        placeholders = {node.name: node.meta["val"] for node in traced.graph.nodes if node.op == "placeholder"}
+        for spec in source.signature.inputs:
+            for axis, name in enumerate(spec.shape):
+                if name not in free:
+                    continue
+                size = placeholders[spec.name].shape[axis]
+                bounds = traced.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
+                if bounds is not None and max(free[str(name)]) > bounds.upper:
+                    what = f"{name}: the model takes at most {int(bounds.upper)}, not {max(free[str(name)])}"
+                    raise UserError("shapes", what, "Lower the upper end.")
         return copy.copy(traced)
 
     def _free(self) -> dict[str, list[int]]:
@@ -158,11 +171,8 @@ class CoreMLExporter(Exporter):
 
     def _inputs(self, ct: Any, source: Traceable) -> list[Any]:
         """Input types by name: int32 for whole numbers, one symbol a dimension, shared by all inputs that have it."""
-        import numpy as np
-
         free = self._free()
         example = source.inputs(self.batch)
-        self._check_shapes(source)
         dims = {}
         for name, sizes in free.items():
             given = self._default(name, sizes, example, source)
@@ -172,9 +182,7 @@ class CoreMLExporter(Exporter):
             actual = example[spec.name].shape
             shape = [dims.get(str(size), int(actual[axis])) for axis, size in enumerate(spec.shape)]
             if spec.dtype == torch.bool:
-                raise UserError(
-                    spec.name, "Core ML takes no boolean inputs", "Take an integer mask and compare in forward."
-                )
+                raise UserError(spec.name, "Core ML takes no boolean inputs", "Take an integer mask and compare in forward.")
             kind = np.float32 if spec.dtype.is_floating_point else np.int32
             types.append(ct.TensorType(name=spec.name, shape=shape, dtype=kind))
         return types
@@ -197,9 +205,7 @@ class CoreMLExporter(Exporter):
         for sizes in named:
             for name, bounds in sizes.items():
                 if name not in known:
-                    raise UserError(
-                        "shapes", f"there is no dimension {name!r}", f"There is: {', '.join(sorted(known))}."
-                    )
+                    raise UserError("shapes", f"there is no dimension {name!r}", f"There is: {', '.join(sorted(known))}.")
                 if isinstance(bounds, list) and bounds[0] > bounds[1]:
                     raise UserError("shapes", f"{name}: {bounds} is empty", "Give [lowest, highest].")
         if isinstance(self.shapes, list):

@@ -121,7 +121,7 @@ def test_another_length_runs(name: str, shapes: Any, tmp_path: Path) -> None:
         with torch.no_grad():
             reference = signature.call(model, row)
         assert sqnr(reference, runner(row)) >= 90
-    with pytest.raises(UserError, match="tokens|shape|takes"):
+    with pytest.raises(UserError, match="the program takes"):
         runner({key: torch.cat([value[:1]] * 2, 1) for key, value in example.items()})
     with pytest.raises(UserError, match="takes"):
         runner({key: value[:2] for key, value in example.items()})
@@ -231,5 +231,5 @@ def test_what_is_no_package_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "Data/com.apple.CoreML").mkdir(parents=True)
     (tmp_path / "Data/com.apple.CoreML/model.mlmodel").write_bytes(b"not a model")
     for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match="package|read"):
+        with pytest.raises(UserError, match=r"package|read"):
             CoreMLExporter().open(path, 1)
