@@ -30,7 +30,7 @@ class Chosen:
     def __get_pydantic_core_schema__(self, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = self.choices()
         forms: list[CoreSchema | tuple[CoreSchema, str]] = []
-        bare = [name for name, choice in choices.items() if _has_defaults(choice)]
+        bare = [name for name, choice in choices.items() if _works_alone(choice)]
         if bare:
             forms.append(core_schema.literal_schema(bare))
         for name, choice in choices.items():
@@ -102,5 +102,10 @@ def _below(name: str, error: ValidationError) -> ValidationError:
     return ValidationError.from_exception_data(error.title, details)
 
 
-def _has_defaults(model: type[BaseModel]) -> bool:
-    return not any(field.is_required() for field in model.model_fields.values())
+def _works_alone(model: type[BaseModel]) -> bool:
+    """Whether the name without options is complete: every option has a default, and the defaults go together."""
+    try:
+        model()
+    except (ValidationError, UserError):
+        return False
+    return True

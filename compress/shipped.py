@@ -103,7 +103,7 @@ def options(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
 
 def summary(model: type[BaseModel]) -> str:
     """The first paragraph of a docstring, on one line."""
-    return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())
+    return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split()).replace("``", "`")
 
 
 def _sections(choices: Mapping[str, type[BaseModel]]) -> Iterable[str]:

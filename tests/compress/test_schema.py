@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import jsonschema
 import pytest
+from pydantic import ValidationError
 
 from compress.anatomy import ROLES
 from compress.exporters import EXPORTERS
@@ -58,6 +59,15 @@ def refused(data: Any) -> bool:
     return False
 
 
+def refused_by_a_check(data: Any) -> bool:
+    """Whether a pass refuses options that are each in order (a validator over several of them): no schema says that."""
+    try:
+        Recipe.model_validate(data)
+    except ValidationError as error:
+        return {line["type"] for line in error.errors()} == {"value_error"}
+    return False
+
+
 def test_the_schema_is_a_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(recipe_schema())
     assert recipe_schema()["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -85,7 +95,7 @@ def test_every_mutant_is_judged_the_same(path: Path, monkeypatch: pytest.MonkeyP
         for where, value in [*mutants, *([(stranger, 1)] if isinstance(place[-1], str) else [])]:
             mutant = changed(data, where, value)
             invalid = not VALIDATOR.is_valid(mutant)
-            assert refused(mutant) == invalid, (where, value)
+            assert refused(mutant) == (invalid or refused_by_a_check(mutant)), (where, value)
             refusals += invalid
     assert refusals > 100
 
