@@ -69,6 +69,8 @@ class Signature:
     def _pick(self, returned: Any, batch: Mapping[str, Tensor]) -> Tensor:
         if self.output == "tensor":
             while not isinstance(returned, Tensor):
+                if not isinstance(returned, Mapping | tuple | list):
+                    raise TypeError(f"the model returns {type(returned).__name__}, not tensors")
                 returned = next(iter(returned.values())) if isinstance(returned, Mapping) else returned[0]
             return returned
         if self.output == "mean_pooling":
