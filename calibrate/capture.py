@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from calibrate.errors import UserError
 from calibrate.ranges import Observer
 from calibrate.signature import Batch
 
-__all__ = ["Captured", "capture", "counted", "split"]
+__all__ = ["Captured", "capture", "counted", "shared_inputs", "split"]
 
 Call = Callable[[nn.Module, Batch], Any]
 
@@ -70,8 +70,9 @@ def capture(
     first = next(pieces, None)
     if first is None:
         raise UserError("calibration", "there are no rows", "Name at least one row under data.calibration.")
+    asked = {path: tuple(observer.key for observer in requests[path]) for path in requests}
+    leaders = shared_inputs(model, call, first, asked)
     with _measuring(model):
-        leaders = _probe(model, call, first, requests)
         sweep = _Sweep({path: requests[path] for path in requests if leaders.get(path, path) == path})
         with _hooks(model, sweep.requests, sweep.observe):
             for number, batch in enumerate(itertools.chain([first], pieces)):
@@ -86,6 +87,34 @@ def capture(
         padding_counted=tuple(path for path in sweep.requests if path in sweep.unmasked),
         silent=tuple(path for path in requests if shared.get(path, path) not in sweep.ran),
     )
+
+
+def shared_inputs(model: nn.Module, call: Call, batch: Batch, asked: Mapping[str, Hashable]) -> dict[str, str]:
+    """For each path that runs, the first one that is asked the same and receives the very same tensors.
+
+    Args:
+        batch: its first row is run.
+        asked: module paths and, for each, what is asked there: only equal ones share.
+    """
+    seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+    received: dict[str, list[int]] = {path: [] for path in asked}
+    numbers = itertools.count()
+
+    def note(path: str, module: nn.Module, x: Tensor) -> None:
+        known = seen.get(id(x))
+        if known is None or known[0]() is not x:
+            known = seen[id(x)] = (weakref.ref(x), next(numbers))
+        received[path].append(known[1])
+
+    with _measuring(model), _hooks(model, asked, note):
+        call(model, {name: tensor[:1] for name, tensor in batch.items()})
+    leaders: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for path, tensors in received.items():
+        if tensors:
+            layout = _channel_axis(model.get_submodule(path))
+            found[path] = leaders.setdefault((tuple(tensors), asked[path], layout), path)
+    return found
 
 
 def split(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
@@ -158,30 +187,6 @@ class _Sweep:
             f"{kind} in its input in {where}",
             "Take that row out, or mend the model: it is not quantized here yet.",
         )
-
-
-def _probe(model: nn.Module, call: Call, batch: Batch, requests: Mapping[str, Sequence[Observer]]) -> dict[str, str]:
-    """For each path that runs on one row, the first site that is asked the same and receives the very same tensors."""
-    seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-    received: dict[str, list[int]] = {path: [] for path in requests}
-    numbers = itertools.count()
-
-    def note(path: str, module: nn.Module, x: Tensor) -> None:
-        known = seen.get(id(x))
-        if known is None or known[0]() is not x:
-            known = seen[id(x)] = (weakref.ref(x), next(numbers))
-        received[path].append(known[1])
-
-    with _hooks(model, requests, note):
-        call(model, {name: tensor[:1] for name, tensor in batch.items()})
-    leaders: dict[tuple[Any, ...], str] = {}
-    found = {}
-    for path, tensors in received.items():
-        if tensors:
-            asked = tuple(observer.key for observer in requests[path])
-            layout = _channel_axis(model.get_submodule(path))
-            found[path] = leaders.setdefault((tuple(tensors), asked, layout), path)
-    return found
 
 
 @contextmanager

@@ -48,11 +48,11 @@ class Observer(ABC):
 
 
 class Channels(Observer):
-    """Per channel: the largest magnitude, the mean and the mean square, as [C] float32. Exact whatever the batches."""
+    """Per channel: extremes, mean and mean square, as [C] float32 on the CPU."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._absmax: Tensor | None = None
+        self._extremes = torch.zeros(2, 0)
         self._sums = torch.zeros(2, 0, dtype=torch.float64)
 
     @property
@@ -60,18 +60,25 @@ class Channels(Observer):
         return "channels"
 
     def update(self, values: Tensor) -> None:
-        wide = values.double()
-        sums = torch.stack([wide.sum(0), wide.square().sum(0)]).cpu()
-        absmax = values.abs().amax(0).float().cpu()
-        self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
-        self._sums = sums if self.count == 0 else self._sums + sums
+        low, high = torch.aminmax(values, dim=0)
+        extremes = torch.stack([-low, high]).float().cpu()
+        sums = torch.stack([values.sum(0, dtype=torch.float64), values.square().sum(0, dtype=torch.float64)]).cpu()
+        if self.count:
+            extremes, sums = torch.maximum(self._extremes, extremes), self._sums + sums
+        self._extremes, self._sums = extremes, sums
         self.count += values.shape[0]
 
     @property
+    def low(self) -> Tensor:
+        return -self._extremes[0]
+
+    @property
+    def high(self) -> Tensor:
+        return self._extremes[1].clone()
+
+    @property
     def absmax(self) -> Tensor:
-        if self._absmax is None:
-            raise ValueError("nothing was observed")
-        return self._absmax.clone()
+        return self._extremes.amax(0).clamp(min=0.0)
 
     @property
     def mean(self) -> Tensor:
@@ -134,10 +141,13 @@ class Histogram:
 
     Bound: with the largest magnitude m >= 1e-30, ``width <= 4 * m / bins`` once it was seen; every quantile is
     therefore known to within ``4 * m / bins``.
+
+    With ``importance`` [C] a value counts as much as its channel; counts then are float64 sums.
     """
 
-    def __init__(self, bins: int = 8192) -> None:
-        self.counts = torch.zeros(bins, dtype=torch.int64)
+    def __init__(self, bins: int = 8192, importance: Tensor | None = None) -> None:
+        self.counts = torch.zeros(bins, dtype=torch.int64 if importance is None else torch.float64)
+        self.importance = None if importance is None else importance.double()
         self.exponent = -120
 
     @property
@@ -155,14 +165,17 @@ class Histogram:
         return (torch.arange(-half, half, dtype=torch.float64) + 0.5) * self.width
 
     def update(self, values: Tensor) -> None:
-        """Counts finite values of any shape."""
+        """Counts finite values of any shape, [..., C] where channels have an importance."""
         half = len(self.counts) // 2
         flat = values.detach().reshape(-1).float()
         largest = float(flat.abs().amax())
         if largest > 0:
             self._widen(math.frexp(largest)[1] - int(math.log2(half)))
         index = (flat * 2.0**-self.exponent).floor_().to(torch.int64).add_(half)
-        self.counts += torch.bincount(index, minlength=2 * half).cpu()
+        weights = None
+        if self.importance is not None:
+            weights = self.importance.to(flat.device).expand(values.shape).reshape(-1)
+        self.counts += torch.bincount(index, weights, minlength=2 * half).cpu()
 
     def _widen(self, exponent: int) -> None:
         steps = exponent - self.exponent
@@ -196,9 +209,9 @@ class Histogram:
 class _Counted(RangeObserver):
     """A range observer that keeps a histogram."""
 
-    def __init__(self, bins: int = 8192) -> None:
+    def __init__(self, bins: int = 8192, importance: Tensor | None = None) -> None:
         super().__init__()
-        self.histogram = Histogram(bins)
+        self.histogram = Histogram(bins, importance)
 
     def update(self, values: Tensor) -> None:
         super().update(values)
@@ -206,7 +219,7 @@ class _Counted(RangeObserver):
 
     def clipped(self, low: float, high: float) -> float:
         centres, counts = self.histogram.occupied()
-        return float(counts[(centres < low) | (centres > high)].sum() / counts.sum())
+        return float(counts[(centres < low) | (centres > high)].sum() / counts.sum().clamp(min=1e-300))
 
 
 class MovingAverage(_Counted):
@@ -270,11 +283,18 @@ class MeanSquare(_Counted):
     Clipping few large values makes the step smaller for all others (Banner et al. 2019, arXiv 1810.05723, sec. 3;
     searched as in Nagel et al. 2021, arXiv 2106.08295, sec. 3.1). The extremes stay unless the search saves more than
     1 % of their error, which is more than the bins can feign: the result is never worse than min-max.
+
+    With ``importance`` [C] the error of each channel counts by what the layer makes of it. With the squared norms of the
+    weight's columns this is the error of the layer's output, rounding errors being independent; without it, a few large
+    activations that the output hangs on are clipped for the sake of many small ones.
     """
+
+    def __init__(self, importance: Tensor | None = None) -> None:
+        super().__init__(importance=importance)
 
     @property
     def key(self) -> Hashable:
-        return "mse"
+        return "mse" if self.histogram.importance is None else ("mse", id(self))
 
     def range(self, grid: Grid) -> tuple[float, float]:
         low, high = self._extremes()
@@ -367,13 +387,13 @@ class Entropy(_Counted):
         return float((given * (given / coded).log()).sum())
 
 
-def range_observer(method: RangeMethod, percentile: float = 99.99) -> RangeObserver:
-    """A new observer for a method by its recipe name."""
+def range_observer(method: RangeMethod, percentile: float = 99.99, importance: Tensor | None = None) -> RangeObserver:
+    """A new observer for a method by its recipe name; ``importance`` [C] is used by ``mse``."""
     made: dict[str, RangeObserver] = {
         "minmax": MinMax(),
         "moving_average": MovingAverage(),
         "percentile": Percentile(percentile),
-        "mse": MeanSquare(),
+        "mse": MeanSquare(importance),
         "entropy": Entropy(),
     }
     return made[method]

@@ -54,19 +54,34 @@ class Codes(nn.Module):
 
 
 class ActivationGrid(nn.Module):
-    """Rounds its input to a per-tensor grid: a static one (``scale``, ``zero_point``), or one made from each tensor."""
+    """Rounds its input to a per-tensor grid: a static one (``scale``, ``zero_point``), or one made from each tensor.
+
+    With ``channels`` every channel C of the input [..., C] is multiplied by its own ``factor`` first; the layer's weight
+    has been divided by it.
+    """
 
     scale: Tensor
     zero_point: Tensor
+    factor: Tensor | None
 
-    def __init__(self, kind: Literal["static", "dynamic"], bits: int = 8, symmetric: bool = True) -> None:
+    def __init__(
+        self, kind: Literal["static", "dynamic"], bits: int = 8, symmetric: bool = True, channels: int | None = None
+    ) -> None:
         super().__init__()
         self.kind, self.bits, self.symmetric = kind, bits, symmetric
+        self.register_buffer("factor", None if channels is None else torch.ones(channels))
         if kind == "static":
             self.register_buffer("scale", torch.ones(()))
             self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
 
+    def config(self) -> dict[str, Any]:
+        """What rebuilds it, as JSON."""
+        made = {"kind": self.kind, "bits": self.bits, "symmetric": self.symmetric}
+        return made if self.factor is None else made | {"channels": self.factor.numel()}
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.factor is not None:
+            x = x * self.factor
         if self.kind == "dynamic":
             values: Tensor = ops.quantize_dequantize_dynamic(x, self.bits)
             return values
@@ -92,9 +107,10 @@ class _Quantized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, for code that looks at ``layer.weight``."""
+        """The dense weight that meets the layer's own input, for code that looks at ``layer.weight``."""
         dense: Tensor = self.quantized_weight()
-        return dense
+        factor = None if self.activation is None else self.activation.factor
+        return dense if factor is None else dense * factor
 
     def input(self, x: Tensor) -> Tensor:
         return x if self.activation is None else self.activation(x)
@@ -105,8 +121,7 @@ class _Quantized(nn.Module):
         return {
             "shape": list(self.quantized_weight.shape),
             "grid": vars(self.quantized_weight.grid),
-            "activation": activation
-            and {"kind": activation.kind, "bits": activation.bits, "symmetric": activation.symmetric},
+            "activation": activation and activation.config(),
             "bias": self.bias is not None,
         }
 
@@ -166,7 +181,12 @@ class QuantEmbedding(_Quantized):
     """A table [V, C] of codes: rows are gathered as codes and dequantized after."""
 
     def __init__(
-        self, shape: tuple[int, ...], grid: Grid, activation: None = None, bias: bool = False, padding_idx: int | None = None
+        self,
+        shape: tuple[int, ...],
+        grid: Grid,
+        activation: None = None,
+        bias: bool = False,
+        padding_idx: int | None = None,
     ) -> None:
         super().__init__(shape, grid, None, False)
         self.padding_idx = padding_idx
@@ -184,7 +204,9 @@ class QuantEmbedding(_Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.quantized_weight
-        values: Tensor = ops.embedding(ids, table.codes, table.scale, table.zero_point, table.grid.bits, list(table.shape))
+        values: Tensor = ops.embedding(
+            ids, table.codes, table.scale, table.zero_point, table.grid.bits, list(table.shape)
+        )
         return values
 
 

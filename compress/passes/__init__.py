@@ -29,13 +29,9 @@ def known_passes() -> Mapping[str, type[Pass]]:
         try:
             loaded = point.load()
         except Exception as error:
-            raise UserError(
-                where, f"cannot be loaded: {error}", "Repair or remove the package that adds it."
-            ) from error
+            raise UserError(where, f"cannot be loaded: {error}", "Repair or remove the package that adds it.") from error
         if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
-            raise UserError(
-                where, "is not a Pass", "An entry point of the group compress.passes names a subclass of Pass."
-            )
+            raise UserError(where, "is not a Pass", "An entry point of the group compress.passes names a subclass of Pass.")
         if found.setdefault(loaded.name, loaded) is not loaded:
             raise UserError(where, f"the name {loaded.name} is taken", "Give the pass another name.")
     return found

@@ -11,17 +11,20 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from calibrate.capture import Captured, capture
+from calibrate.capture import Captured, capture, shared_inputs
 from calibrate.errors import UserError
 from calibrate.grid import Bits, Granularity, Grid
 from calibrate.ranges import Channels, Observer, RangeMethod, RangeObserver, range_observer, storable
 from compress.algorithms.rounding import WeightRange, codes_of, rounding_loss, scales_of
+from compress.algorithms.smoothing import Smoothing, smoothing
 from compress.anatomy import Anatomy, Site
 from compress.layers import QuantConv2d, is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
 from compress.passes.contract import Context, Pass, Target
 
 __all__ = ["Quantize"]
+
+_WORTH_DB = 3.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ class Quantize(Pass):
     skip: list[str] = Field([], description="Roles or module paths that stay float, wildcards allowed.")
     embeddings: Bits | None = Field(
         None, description="Bits of all embedding tables, one scale for each row. Default: they stay float."
+    )
+    smooth: bool = Field(
+        True,
+        description="Where a linear layer has its input for itself and it gains 3 dB: each input channel is multiplied by "
+        "a factor of its own before it is rounded, and the weight divided by it (SmoothQuant, arXiv 2211.10438, the "
+        "strength searched for each layer). Costs one multiplication a layer. Only with static activations.",
     )
     bias_correction: bool = Field(
         True,
@@ -191,20 +200,18 @@ class Quantize(Pass):
         inputs = f", inputs {self.activation_bits} bits {self.activations}" if job.rounds_input else ""
         return f"weights {grid.bits} bits per {unit}{inputs}"
 
-    def _layer(self, model: nn.Module, job: _Job) -> QuantizedLayer:
+    def _layer(self, model: nn.Module, job: _Job, channels: int | None = None) -> QuantizedLayer:
         symmetric = self.activation_symmetric and self.activations == "static"
-        activation = {"kind": self.activations, "bits": self.activation_bits, "symmetric": symmetric}
+        activation: dict[str, Any] = {"kind": self.activations, "bits": self.activation_bits, "symmetric": symmetric}
+        if channels is not None:
+            activation["channels"] = channels
         module = model.get_submodule(job.site.path)
         return quantized_layer(module, job.site.kind, job.grid, activation if job.rounds_input else None)
 
     def _calibrate(self, model: nn.Module, context: Context, jobs: list[_Job]) -> Captured | None:
         if self.activations != "static":
             return None
-        requests: dict[str, list[Observer]] = {}
-        for job in jobs:
-            if job.rounds_input:
-                means = [Channels()] if self.bias_correction else []
-                requests[job.site.path] = [range_observer(self.range, self.percentile), *means]
+        requests = self._requests(model, context, [job for job in jobs if job.rounds_input])
         captured = capture(
             model,
             context.call,
@@ -221,61 +228,85 @@ class Quantize(Pass):
             )
         return captured
 
+    def _requests(self, model: nn.Module, context: Context, jobs: list[_Job]) -> dict[str, Sequence[Observer]]:
+        """What is observed at each site; sites that read the same tensor get the same observers."""
+        kinds = {job.site.path: job.site.kind for job in jobs}
+        first = next(iter(context.calibration()), None)
+        leaders = {} if first is None else shared_inputs(model, context.call, first, dict.fromkeys(kinds, self.range))
+        importance: dict[str, Tensor] = {}
+        for path, kind in kinds.items():
+            leader, columns = leaders.get(path, path), _column_energy(model.get_submodule(path), kind)
+            importance[leader] = importance[leader] + columns if leader in importance else columns
+        made = {
+            leader: (range_observer(self.range, self.percentile, energy), Channels())
+            for leader, energy in importance.items()
+        }
+        return {path: made[leaders.get(path, path)] for path in kinds}
+
     def _convert(
         self, model: nn.Module, context: Context, job: _Job, captured: Captured | None, ties: _Ties
     ) -> dict[str, Any]:
         """Replaces one module and says what was done."""
-        path, kind, grid = job.site.path, job.site.kind, job.grid
+        path, kind = job.site.path, job.site.kind
         module = model.get_submodule(path)
         weight = weight_of(module, kind)
-        how = self.weight_range or ("minmax" if grid.bits == 8 else "mse")
-        scale, zero_point = scales_of(weight, grid, how)
-        codes = codes_of(weight, grid, scale, zero_point)
-        layer = self._layer(model, job).to(weight.device)
-        layer.quantized_weight.store(codes, scale, zero_point)
-        says: dict[str, Any] = {
-            "bits": grid.bits,
-            "granularity": grid.granularity,
-            "group_size": grid.group_size,
-            "scale": [float(scale.min()), float(scale.max())],
-            "weight_sqnr_db": _finite(rounding_loss(weight, codes, grid, scale, zero_point)),
-        }
+        seen = _Seen.of(captured, path) if captured is not None and job.rounds_input else None
+        smoothed = self._smoothing(job, weight, seen) if seen is not None else None
+        layer = self._layer(model, job, None if smoothed is None else weight.shape[1]).to(weight.device)
         if layer.bias is not None:
             layer.bias.copy_(module.get_parameter("bias"))
-        if captured is not None and job.rounds_input:
-            observed = captured.observers[path]
-            says["activation"] = self._fit_input(path, layer, observed)
-            if path in captured.shared:
-                says["activation"]["same_tensor_as"] = captured.shared[path]
+        how = self.weight_range or ("minmax" if job.grid.bits == 8 else "mse")
+        says = _round_weight(layer, weight if smoothed is None else weight / smoothed.factor.to(weight.device), how)
+        if seen is not None:
+            says["activation"] = self._fit_input(path, layer, seen, smoothed)
             if self.bias_correction and layer.bias is not None:
-                says["bias_correction"] = _correct_bias(layer, weight, observed[1])
+                says["bias_correction"] = _correct_bias(layer, weight, seen.channels)
         context.surgery.replace(model, path, layer)
         ties.settle(model, context, job)
         return says
 
-    def _fit_input(self, path: str, layer: QuantizedLayer, observed: Sequence[Observer]) -> dict[str, Any]:
-        observer = observed[0]
-        assert isinstance(observer, RangeObserver)
-        assert layer.activation is not None
-        if observer.empty or observer.low == observer.high == 0:
+    def _smoothing(self, job: _Job, weight: Tensor, seen: _Seen) -> Smoothing | None:
+        """Factors for the input's channels, or None where they are not wanted, not possible or not worth it."""
+        if not self.smooth or not seen.alone or job.site.kind == "conv2d":
+            return None
+        channels = seen.channels
+        statistics = (channels.low, channels.high, channels.mean_square)
+        low, high, mean_square = (statistic.to(weight.device) for statistic in statistics)
+        found = smoothing(weight, low, high, mean_square, job.grid, self._input_grid)
+        return found if found.gain_db >= _WORTH_DB else None
+
+    def _fit_input(self, path: str, layer: QuantizedLayer, seen: _Seen, smoothed: Smoothing | None) -> dict[str, Any]:
+        """Gives the layer's input its grid, and says which."""
+        ranged, grid = seen.ranged, layer.activation
+        assert grid is not None
+        if seen.channels.count == 0 or ranged.low == ranged.high == 0:
             raise UserError(
                 self.name,
                 f"the input of {path} is always 0 on the calibration rows: it has no range",
                 f"Use rows that reach it, or leave it float with skip: [{path}].",
             )
-        low, high = observer.range(self._input_grid)
+        says: dict[str, Any] = {"seen": [ranged.low, ranged.high]}
+        if smoothed is None:
+            low, high = ranged.range(self._input_grid)
+            says |= {"method": self.range, "clipped_percent": _finite(100 * ranged.clipped(low, high))}
+        else:
+            assert grid.factor is not None
+            grid.factor.copy_(smoothed.factor)
+            low = float((seen.channels.low * smoothed.factor).amin())
+            high = float((seen.channels.high * smoothed.factor).amax())
+            says |= {
+                "method": "minmax",
+                "clipped_percent": 0.0,
+                "smoothed": smoothed.strength,
+                "gain_db": smoothed.gain_db,
+            }
         scale, zero_point = storable(self._input_grid, torch.tensor(low), torch.tensor(high))
-        layer.activation.scale.copy_(scale)
+        grid.scale.copy_(scale)
         if zero_point is not None:
-            layer.activation.zero_point.copy_(zero_point)
-        return {
-            "seen": [observer.low, observer.high],
-            "range": [low, high],
-            "method": self.range,
-            "clipped_percent": _finite(100 * observer.clipped(low, high)),
-            "scale": float(scale),
-            "zero_point": 0 if zero_point is None else int(zero_point),
-        }
+            grid.zero_point.copy_(zero_point)
+        if seen.leader:
+            says["same_tensor_as"] = seen.leader
+        return says | {"range": [low, high], "scale": float(scale), "zero_point": int(grid.zero_point)}
 
     @property
     def _input_grid(self) -> Grid:
@@ -333,15 +364,56 @@ class _Ties:
                 self.said.append(f"{path} and {other} held one weight: their grids differ, so each has its own codes")
 
 
-def _correct_bias(layer: QuantizedLayer, weight: Tensor, observer: Observer) -> float:
+@dataclass(frozen=True)
+class _Seen:
+    """What calibration saw at one site; ``alone``: no other quantized layer reads the same tensor."""
+
+    ranged: RangeObserver
+    channels: Channels
+    leader: str | None
+    alone: bool
+
+    @classmethod
+    def of(cls, captured: Captured, path: str) -> _Seen:
+        ranged, channels = captured.observers[path]
+        assert isinstance(ranged, RangeObserver)
+        assert isinstance(channels, Channels)
+        leader = captured.shared.get(path)
+        return cls(ranged, channels, leader, leader is None and path not in captured.shared.values())
+
+
+def _round_weight(layer: QuantizedLayer, weight: Tensor, how: WeightRange) -> dict[str, Any]:
+    """Stores the weight's codes in the layer and says what the rounding cost."""
+    grid = layer.quantized_weight.grid
+    scale, zero_point = scales_of(weight, grid, how)
+    codes = codes_of(weight, grid, scale, zero_point)
+    layer.quantized_weight.store(codes, scale, zero_point)
+    return {
+        "bits": grid.bits,
+        "granularity": grid.granularity,
+        "group_size": grid.group_size,
+        "scale": [float(scale.min()), float(scale.max())],
+        "weight_sqnr_db": _finite(rounding_loss(weight, codes, grid, scale, zero_point)),
+    }
+
+
+def _column_energy(module: nn.Module, kind: str) -> Tensor:
+    """The squared norms of the weight's columns, one for each input channel [C]."""
+    weight = weight_of(module, kind).float()
+    if kind != "conv2d":
+        return weight.square().sum(0)
+    groups = int(getattr(module, "groups", 1))
+    return weight.square().sum((2, 3)).reshape(groups, -1, weight.shape[1]).sum(1).reshape(-1)
+
+
+def _correct_bias(layer: QuantizedLayer, weight: Tensor, channels: Channels) -> float:
     """Adds ``(W - W_quantized) E[x]`` to the bias [O]; returns the largest change.
 
     A convolution's error is summed over its window, as if the mean were the same at every place of it.
     """
-    assert isinstance(observer, Channels)
     assert layer.bias is not None
-    error = weight.float() - layer.quantized_weight()
-    mean = observer.mean.to(error.device)
+    error = weight.float() - layer.weight
+    mean = channels.mean.to(error.device)
     if isinstance(layer, QuantConv2d):
         error = error.sum((2, 3))
         means = mean.reshape(layer.groups, 1, -1).expand(-1, error.shape[0] // layer.groups, -1)
