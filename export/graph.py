@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,4 +61,24 @@ class Traceable:
         }
         bound = self.signature.bind(self.model.eval())
         with torch.no_grad():
-            return torch.export.export(bound, (), self.inputs(rows), dynamic_shapes=shapes, strict=False)
+            try:
+                return torch.export.export(bound, (), self.inputs(rows), dynamic_shapes=shapes, strict=False)
+            except torch._dynamo.exc.UserError as error:
+                bounded = _bounded(str(error), shapes)
+                if bounded is None:
+                    raise
+                return torch.export.export(bound, (), self.inputs(rows), dynamic_shapes=bounded, strict=False)
+
+
+def _bounded(message: str, shapes: dict[str, dict[int, Any]]) -> dict[str, dict[int, Any]] | None:
+    """The dynamic shapes within the bounds that the trace asks for (a table of positions is only so long), or None where a
+    dimension would not stay free."""
+    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+    try:
+        fixes = message[: message.find("\n\n", message.index("Suggested fixes:"))]
+        refined: Any = refine_dynamic_shapes_from_suggested_fixes(fixes, shapes)
+    except Exception:
+        return None
+    sizes = [size for axes in refined.values() for size in axes.values()]
+    return refined if all(isinstance(size, torch.export.Dim) for size in sizes) else None

@@ -104,7 +104,7 @@ def _integers(carried: Carried) -> Tensor:
 def _stored(b: Lowering, carried: Carried, flipped: bool) -> Held:
     """The codes as an initializer in their own width: int8, INT4, or bits in bytes; [O, I], or [I, O] if ``flipped``.
 
-    A table that is also read by rows stays [V, C] in the file and is turned by a Transpose, which runtimes fold.
+    int8 codes of a convolution keep its shape. A table that is also read by rows stays [V, C] in the file and is turned by a Transpose, which runtimes fold.
     """
     if flipped and carried.codes.data_ptr() in b.tables and carried.bits == 8:
         return b.transpose(_stored(b, carried, False), [1, 0])
@@ -112,8 +112,9 @@ def _stored(b: Lowering, carried: Carried, flipped: bool) -> Held:
     order = "IO" if flipped else "OI"
     name = f"{carried.path}.codes"
     if carried.bits == 8:
-        matrix = carried.codes.reshape(carried.matrix)
-        return _record(b, carried, b.constant(matrix.t() if flipped else matrix, name=name), order=order, storage="int8")
+        codes = carried.codes.reshape(carried.matrix).t() if flipped else carried.codes.reshape(carried.shape)
+        held = b.pinned(b.constant(codes, name=name))
+        return _record(b, carried, held, order=order, storage="int8")
     if b.codes_storage(carried) == "native":
         bits = 4 if b.dialect == "tensorrt" else carried.bits
 
@@ -163,18 +164,16 @@ def _int8(b: Lowering, carried: Carried, flipped: bool) -> Held:
     count = math.prod(shape)
     if flat.shape[0] != count:
         flat = b.op("Slice", flat, b.ints(0), b.ints(count), shape=(count,), dtype=flat.dtype)
-    wide = b.op("Sub", b.cast(flat, torch.int32), b.constant(2 ** (carried.bits - 1), torch.int32), shape=(count,), dtype=torch.int32)
+    wide = b.op("Sub", flat, b.constant(2 ** (carried.bits - 1), torch.int32), shape=(count,), dtype=torch.int32)
     return b.reshape(b.cast(wide, torch.int8), shape)
 
 
 def _fields(b: Lowering, packed: Held, bits: int, shape: Sequence[Any]) -> Held:
-    """Bytes [...] as their fields [..., 8 / bits], uint8."""
-    shifts = b.constant([position * bits for position in range(8 // bits)], torch.uint8)
-    column = b.op("Unsqueeze", packed, b.ints(len(shape)), shape=(*shape, 1), dtype=torch.uint8)
-    made = b.op("BitShift", column, shifts, shape=(*shape, 8 // bits), dtype=torch.uint8, direction="RIGHT")
-    if b.opset >= 18:
-        return b.op("BitwiseAnd", made, b.constant(2**bits - 1, torch.uint8), shape=made.shape, dtype=torch.uint8)
-    return b.op("Mod", made, b.constant(2**bits, torch.uint8), shape=made.shape, dtype=torch.uint8)
+    """Bytes [...] as their fields [..., 8 / bits], int32. Div and Mod, because OpenVINO reads BitShift of bytes wrongly."""
+    whole = b.cast(b.op("Unsqueeze", packed, b.ints(len(shape)), shape=(*shape, 1), dtype=torch.uint8), torch.int32)
+    steps = b.constant([2 ** (position * bits) for position in range(8 // bits)], torch.int32)
+    made = b.op("Div", whole, steps, shape=(*shape, 8 // bits), dtype=torch.int32)
+    return b.op("Mod", made, b.constant(2**bits, torch.int32), shape=made.shape, dtype=torch.int32)
 
 
 # -- dense weights --------------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def dense(b: Lowering, carried: Carried, flipped: bool = False, folded: bool = F
     codes = _int8(b, carried, flipped) if unpacked else _stored(b, carried, flipped)
     shape = carried.matrix[::-1] if flipped else carried.matrix
     if len(carried.shape) != 2 and not flipped:
-        codes, shape = b.reshape(codes, carried.shape), carried.shape
+        codes, shape = codes if carried.bits == 8 else b.reshape(codes, carried.shape), carried.shape
     return _scaled(b, carried, codes, shape, flipped)
 
 
@@ -267,6 +266,9 @@ def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) ->
     if x.dynamic is not None and carried.groups == 1:
         return _dynamic_product(b, x, carried, bias, shape)
     integer = x.quantized is not None and carried.groups == 1
+    if not integer and b.dialect != "tensorrt":
+        b.note("Weights with float activations, or with scales per group, run in ONNX Runtime as MatMulNBits, which rounds "
+               "activations to 8 bits per block (accuracy level 4).")  # fmt: skip
     if b.dialect == "onnxruntime" and not integer and carried.bits < 8 and (block := _block(carried)):
         made = _n_bits(b, x, carried, block, shape)
     else:

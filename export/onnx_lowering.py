@@ -178,6 +178,10 @@ class Lowering:
     def refuse(self, what: str, hint: str) -> UserError:
         return UserError(self.path, what, hint)
 
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
     # -- values -----------------------------------------------------------------------------------------------------
 
     def narrow(self, dtype: torch.dtype) -> torch.dtype:
@@ -205,6 +209,10 @@ class Lowering:
         tensor = data if isinstance(data, Tensor) else torch.tensor(data, dtype=dtype)
         tensor = tensor if dtype is None else tensor.to(dtype)
         return Held(tuple(tensor.shape), tensor.dtype, const=tensor, name=name)
+
+    def pinned(self, held: Held) -> Held:
+        """A constant as a value of the graph: nothing is folded into it."""
+        return Held(held.shape, held.dtype, value=self.of(held), name=held.name)
 
     def ints(self, *values: int) -> Held:
         return self.constant(list(values), torch.int64)
@@ -538,6 +546,8 @@ class Lowering:
         if node.target is operator.getitem:
             self.env[node] = self.env[node.args[0]][node.args[1]]
             return
+        if _complex(node.meta["val"]):
+            raise self.refuse(f"{name} computes complex numbers, which ONNX runtimes do not", "Use a model without them.")
         arguments = [self._resolve(argument) for argument in node.args]
         keywords = {key: self._resolve(argument) for key, argument in node.kwargs.items()}
         folded = self._fold(node, arguments, keywords)
@@ -601,13 +611,19 @@ class Lowering:
         if op not in _VIEWS and made > max(_FOLD_BYTES, given):
             return None
         with torch.no_grad():
-            result = node.target(  # type: ignore[operator]
-                *_unwrap(arguments), **{key: _unwrap(value) for key, value in keywords.items() if key != "device"}
-            )
+            known = [fx.node.map_arg(item, self._known) for item in (node.args, node.kwargs)]
+            result = node.target(*known[0], **{key: value for key, value in known[1].items() if key != "device"})  # type: ignore[operator]
         name = tensors[0].name if op in _VIEWS and tensors else f"{self.path}/{node.name}"
         if isinstance(result, (list, tuple)):
             return [Held(tuple(item.shape), item.dtype, const=item, name=name) for item in result]
         return Held(tuple(result.shape), result.dtype, const=result, name=name)
+
+    def _known(self, node: fx.Node) -> Any:
+        """The constant that a node stands for, in its traced shape."""
+        if node not in self.env:
+            return self._resolve(node)
+        held, traced = self.env[node], node.meta["val"]
+        return held.const.expand(traced.shape).to(traced.dtype)
 
     def _tables(self) -> None:
         """Finds codes that are read as a table: they keep their [V, C] layout in the file."""
@@ -619,6 +635,11 @@ class Lowering:
         """How ``export.onnx_carried`` stores codes of fewer than 8 bits for a DequantizeLinear."""
         native = self.dialect == "tensorrt" or (carried.bits == 4 and self.opset >= 21) or self.opset >= 25
         return "native" if native else "bits"
+
+
+def _complex(value: Any) -> bool:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(item, Tensor) and item.is_complex() for item in items)
 
 
 def functional(node: fx.Node) -> str:
@@ -650,14 +671,6 @@ def _static(arguments: Iterable[Any]) -> bool:
     return all(
         _static(item) if isinstance(item, (list, tuple)) else not isinstance(item, sympy.Basic) for item in arguments
     )
-
-
-def _unwrap(argument: Any) -> Any:
-    if isinstance(argument, Held):
-        return argument.const
-    if isinstance(argument, (list, tuple)):
-        return [_unwrap(item) for item in argument]
-    return argument
 
 
 def _has_tensor(value: Any) -> bool:

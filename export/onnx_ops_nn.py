@@ -249,10 +249,29 @@ def _lowest(b: Lowering) -> float:
 
 
 def _additive(b: Lowering, mask: Held, dtype: torch.dtype) -> Held:
-    """A boolean mask (true: attend) as numbers to add; computed once, since equal nodes are made once."""
-    if mask.dtype != torch.bool:
-        return b.cast(mask, dtype)
-    return where(b, mask, b.constant(0.0, dtype), b.constant(_lowest(b), dtype), dtype)
+    """A mask as finite numbers to add (true: attend); computed once, since equal nodes are made once."""
+    if mask.dtype == torch.bool:
+        return where(b, mask, b.constant(0.0, dtype), b.constant(_lowest(b), dtype), dtype)
+    if mask.const is not None:
+        return Held(mask.shape, dtype, const=mask.const.clamp(min=_lowest(b)), name=mask.name)
+    return b.op("Max", b.cast(mask, dtype), b.constant(_lowest(b), dtype), shape=mask.shape, dtype=dtype)
+
+
+def _attends(b: Lowering, mask: Held, dtype: torch.dtype) -> Held | None:
+    """1 for each query that attends to something, 0 for the others, whose result torch defines as zero; None where every
+    query does: a mask over keys alone leaves out a query only where its whole row is padding."""
+    from export.onnx_ops import reduce
+
+    if mask.shape[-2] == 1 and mask.const is None:
+        return None
+    if mask.const is not None:
+        seen = (mask.const if mask.dtype == torch.bool else mask.const > -math.inf).any(-1, keepdim=True)
+        return None if bool(seen.all()) else b.constant(seen.float(), dtype)
+    if mask.dtype == torch.bool:
+        return reduce(b, "ReduceMax", b.cast(mask, dtype), -1, True)
+    highest = reduce(b, "ReduceMax", mask, -1, True)
+    seen = b.op("Greater", highest, b.constant(-math.inf, mask.dtype), shape=highest.shape, dtype=torch.bool)
+    return b.cast(seen, dtype)
 
 
 def _causal(b: Lowering, q: Held, k: Held, dtype: torch.dtype) -> Held:
@@ -287,7 +306,10 @@ def _attention(
         if term is not None:
             scores = b.op("Add", scores, term, shape=broadcast(scores.shape, term.shape), dtype=q.dtype)
     weights = b.op("Softmax", scores, shape=scores.shape, dtype=q.dtype, axis=scores.rank - 1)
-    return b.op("MatMul", weights, v, shape=(*broadcast(scores.shape[:-2], v.shape[:-2]), q.shape[-2], v.shape[-1]), dtype=q.dtype)
+    shape = (*broadcast(scores.shape[:-2], v.shape[:-2]), q.shape[-2], v.shape[-1])
+    made = b.op("MatMul", weights, v, shape=shape, dtype=q.dtype)
+    seen = None if mask is None else _attends(b, mask, q.dtype)
+    return made if seen is None else b.op("Mul", made, seen, shape=shape, dtype=q.dtype)
 
 
 def _repeated_heads(b: Lowering, x: Held, heads: int) -> Held:

@@ -234,6 +234,42 @@ def _cut(b: Lowering, x: Held, axis: int, start: Any, end: Any, length: Dim) -> 
     return b.op("Slice", x, _bound(b, start), _bound(b, end), b.ints(axis), shape=shape, dtype=x.dtype)
 
 
+@lowers("slice_scatter")
+def _slice_scatter(
+    b: Lowering, x: Held, source: Held, axis: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Held:
+    """``x`` with a slice replaced: what is before it, the source, what is after it."""
+    assert b.node is not None
+    x, source = _input(b, x), _input(b, b.cast(source, x.dtype), 1)
+    axis, length = axis_of(axis, x.rank), x.shape[axis_of(axis, x.rank)]
+    if source.shape[axis] == length:
+        return source
+    start = _starts_at(b, 0 if start is None else start, length)
+    if step != 1 or not isinstance(start, int):
+        raise b.refuse("aten.slice_scatter with a step or a dynamic start has no ONNX form here", "Use torch.cat.")
+    end = start + source.shape[axis]
+    parts = [_cut(b, x, axis, 0, start, start)] if start else []
+    parts += [source] if end == length else [source, _cut(b, x, axis, end, _END, length - end)]
+    return b.op("Concat", *parts, shape=x.shape, dtype=x.dtype, axis=axis)
+
+
+@lowers("select_scatter")
+def _select_scatter(b: Lowering, x: Held, source: Held, axis: int, index: int) -> Held:
+    source = _input(b, b.cast(source, x.dtype), 1)
+    axis = axis_of(axis, x.rank)
+    wide = b.reshape(source, (*source.shape[:axis], 1, *source.shape[axis:]))
+    x = _input(b, x)
+    index = index + x.shape[axis] if index < 0 else index
+    parts = [_cut(b, x, axis, 0, index, index)] if index else []
+    parts += [wide] if index + 1 == x.shape[axis] else [wide, _cut(b, x, axis, index + 1, _END, x.shape[axis] - index - 1)]
+    return b.op("Concat", *parts, shape=x.shape, dtype=x.dtype, axis=axis) if len(parts) > 1 else parts[0]
+
+
+@lowers("copy")
+def _copy(b: Lowering, x: Held, source: Held, *_: Any) -> Held:
+    return b.full(b.reshape(b.cast(source, b.dtype), (*[1] * (x.rank - source.rank), *source.shape)))
+
+
 @lowers("flip")
 def _flip(b: Lowering, x: Held, axes: Sequence[int]) -> Held:
     x = _input(b, x)
