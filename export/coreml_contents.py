@@ -68,7 +68,7 @@ def codes_of(op: Op, constants: Mapping[str, Stored]) -> np.ndarray[Any, Any]:
         if "shape" in op.inputs:
             sizes = [int(size or 0) for size in shape]
             values = unpack_bits(values.reshape(-1), levels.bit_length() - 1, int(np.prod(sizes))).reshape(sizes)
-        return (values.astype(np.int16) - levels // 2).astype(np.int8)
+        return np.asarray(values.astype(np.int16) - levels // 2, np.int8)
     raise UserError(op.name, f"{op.kind} holds no codes", "Write the package again.")
 
 

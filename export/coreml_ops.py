@@ -64,7 +64,8 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
         if op in table:
             del table[op]
-    return program.run_decompositions(table)
+    decomposition: ExportedProgram = program.run_decompositions(table)
+    return decomposition
 
 
 def finite(program: ExportedProgram, half: bool) -> ExportedProgram:

@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from calibrate.errors import UserError
+from export.mil_args import Args
 from export.mil_ops import EXACT, KERNELS
 from export.mil_package import MilType, Op, Package, Stored
 
 __all__ = ["Program", "UnknownOp"]
 
 # Integers other than bytes are computed in int64; floats in float32.
-_RUN = {"float16": torch.float32, "float32": torch.float32, "bool": torch.bool,
-        "int8": torch.int8, "uint8": torch.uint8, "int4": torch.int8, "uint4": torch.uint8, "uint2": torch.uint8, "uint1": torch.uint8, "uint3": torch.uint8,
-        "uint6": torch.uint8, "int16": torch.int64, "uint16": torch.int64, "int32": torch.int64, "uint32": torch.int64,
-        "int64": torch.int64}  # fmt: skip
-
-# Operations whose float result may have another float type than their first float argument.
-_RETYPED = frozenset(("cast", "dequantize", "const", "constexpr_cast"))
+_RUN = {
+    **dict.fromkeys(("float16", "float32"), torch.float32),
+    **dict.fromkeys(("int8", "int4"), torch.int8),
+    **dict.fromkeys(("uint8", "uint6", "uint4", "uint3", "uint2", "uint1"), torch.uint8),
+    **dict.fromkeys(("int16", "uint16", "int32", "uint32", "int64"), torch.int64),
+    "bool": torch.bool,
+}
 
 
 class UnknownOp(UserError):
@@ -39,7 +40,7 @@ class UnknownOp(UserError):
 @dataclass(frozen=True)
 class _Step:
     op: Op
-    constants: dict[str, Any]
+    constants: Args
     names: dict[str, tuple[str | Tensor, ...]]
     variadic: frozenset[str]
     last: tuple[str, ...]
@@ -92,7 +93,7 @@ class Program:
             values[name] = _rounded(inputs[name].to(_RUN[kind.dtype]), kind)
         with torch.inference_mode():
             for step in self._steps:
-                args = dict(step.constants)
+                args = Args(step.constants)
                 for name, parts in step.names.items():
                     found = [values[part] if isinstance(part, str) else part for part in parts]
                     args[name] = found if name in step.variadic else found[0]
@@ -103,7 +104,7 @@ class Program:
 
     def _load(self) -> None:
         uses: dict[str, int] = {}
-        steps: list[tuple[Op, dict[str, Any], dict[str, tuple[str | Tensor, ...]], frozenset[str]]] = []
+        steps: list[tuple[Op, Args, dict[str, tuple[str | Tensor, ...]], frozenset[str]]] = []
         for op in self.package.ops:
             for name, kind in op.outputs:
                 self.types[name] = kind
@@ -124,9 +125,9 @@ class Program:
             self._steps.append(_Step(op, constants, names, variadic, last))
         self._forget_consumed(outputs)
 
-    def _bind(self, op: Op) -> tuple[dict[str, Any], dict[str, tuple[str | Tensor, ...]]]:
+    def _bind(self, op: Op) -> tuple[Args, dict[str, tuple[str | Tensor, ...]]]:
         """Arguments that are known now, and those that wait for the run."""
-        known: dict[str, Any] = {}
+        known = Args()
         waiting: dict[str, tuple[str | Tensor, ...]] = {}
         for name, parts in op.inputs.items():
             found = [_decode(part, part.type) if isinstance(part, Stored) else self.constants.get(part, part) for part in parts]
@@ -155,7 +156,7 @@ class Program:
 _ADD = "Add a kernel to export/mil_ops.py."
 
 
-def _run(op: Op, args: dict[str, Any]) -> tuple[Any, ...]:
+def _run(op: Op, args: Args) -> tuple[Any, ...]:
     result = KERNELS[op.kind](args)
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CONSTEXPR"]
+from export.mil_args import Args
 
-Args = dict[str, Any]
+__all__ = ["CONSTEXPR"]
 
 
 def _spread(value: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -27,25 +27,25 @@ def _spread(value: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def _blockwise_shift_scale(args: Args) -> Tensor:
-    data, scale, offset = args["data"].float(), args["scale"], args.get("offset")
+    data, scale, offset = args.tensor("data").float(), args.tensor("scale"), args.optional("offset")
     if offset is not None:
         data = data - _spread(offset.float(), data.shape)
     return data * _spread(scale, data.shape)
 
 
 def _affine_dequantize(args: Args) -> Tensor:
-    data, scale, offset = args["quantized_data"].float(), args["scale"], args["zero_point"].float()
+    data, scale, offset = args.tensor("quantized_data").float(), args.tensor("scale"), args.tensor("zero_point").float()
     shape = [1] * data.dim()
-    shape[int(args["axis"])] = -1
+    shape[int(args.tensor("axis"))] = -1
     if offset.dim():
         offset = offset.reshape(shape)
     return (data - offset) * (scale.reshape(shape) if scale.dim() else scale)
 
 
 def _lut_to_dense(args: Args) -> Tensor:
-    if "shape" in args:
+    if args.has("shape"):
         return _lut_to_dense_packed(args)
-    indices, lut = args["indices"].long(), args["lut"]
+    indices, lut = args.tensor("indices").long(), args.tensor("lut")
     width = lut.shape[-1]
     tables = lut.reshape(*lut.shape[:-2], -1)
     block = [size // groups for size, groups in zip(indices.shape, lut.shape[:-2], strict=True)]
@@ -57,18 +57,18 @@ def _lut_to_dense(args: Args) -> Tensor:
     picked = [tables[(*place, indices * width + offset)] for offset in range(width)]
     if width == 1:
         return picked[0]
-    axis = int(args["vector_axis"]) % indices.dim()
+    axis = int(args.tensor("vector_axis")) % indices.dim()
     return torch.stack(picked, axis + 1).flatten(axis, axis + 1)
 
 
 def _lut_to_dense_packed(args: Args) -> Tensor:
     """iOS 16: one table, indices packed into bytes, the first in the lowest bits."""
-    shape = [int(size) for size in args["shape"].tolist()]
-    bits = int(np.log2(args["lut"].numel()))
-    stream = np.unpackbits(args["indices"].numpy().astype(np.uint8), bitorder="little")
+    shape = [int(size) for size in args.tensor("shape").tolist()]
+    bits = int(np.log2(args.tensor("lut").numel()))
+    stream = np.unpackbits(args.tensor("indices").numpy().astype(np.uint8), bitorder="little")
     count = int(np.prod(shape))
     indices = (stream[: count * bits].reshape(count, bits) << np.arange(bits, dtype=np.uint8)).sum(1)
-    table: Tensor = args["lut"].reshape(-1)
+    table: Tensor = args.tensor("lut").reshape(-1)
     return table[torch.from_numpy(indices.astype(np.int64))].reshape(shape)
 
 
@@ -79,30 +79,30 @@ def _placed(mask: Tensor, values: Tensor) -> Tensor:
 
 
 def _sparse_to_dense(args: Args) -> Tensor:
-    if "shape" not in args:
-        return _placed(args["mask"], args["nonzero_data"])
-    shape = [int(size) for size in args["shape"].tolist()]
-    stream = np.unpackbits(args["mask"].numpy().astype(np.uint8), bitorder="little")
+    if not args.has("shape"):
+        return _placed(args.tensor("mask"), args.tensor("nonzero_data"))
+    shape = [int(size) for size in args.tensor("shape").tolist()]
+    stream = np.unpackbits(args.tensor("mask").numpy().astype(np.uint8), bitorder="little")
     mask = torch.from_numpy(stream[: int(np.prod(shape))].reshape(shape).astype(np.uint8))
-    return _placed(mask, args["nonzero_data"])
+    return _placed(mask, args.tensor("nonzero_data"))
 
 
 def _sparse_blockwise_shift_scale(args: Args) -> tuple[Tensor, Tensor]:
-    mask = args["data_mask"]
-    offset = args.get("offset")
-    data = args["nonzero_data"].float()
+    mask = args.tensor("data_mask")
+    offset = args.optional("offset")
+    data = args.tensor("nonzero_data").float()
     if offset is not None:
         data = data - _spread(offset.float(), mask.shape).expand(mask.shape)[mask.bool()]
-    return mask, data * _spread(args["scale"], mask.shape).expand(mask.shape)[mask.bool()]
+    return mask, data * _spread(args.tensor("scale"), mask.shape).expand(mask.shape)[mask.bool()]
 
 
 def _lut_to_sparse(args: Args) -> tuple[Tensor, Tensor]:
     """The dense result keeps the zeros of the mask; with one table the vector entries follow one another."""
-    mask, lut = args["indices_mask"], args["lut"]
+    mask, lut = args.tensor("indices_mask"), args.tensor("lut")
     if lut.shape[-1] != 1:
         raise NotImplementedError("constexpr_lut_to_sparse with vectors in the table")
-    dense = _placed(mask, args["indices_nonzero_data"])
-    values = _lut_to_dense({"indices": dense, "lut": lut})
+    dense = _placed(mask, args.tensor("indices_nonzero_data"))
+    values = _lut_to_dense(Args(indices=dense, lut=lut))
     return mask, values[mask.bool()]
 
 
@@ -113,6 +113,6 @@ CONSTEXPR: dict[str, Callable[[Args], Any]] = {
     "constexpr_sparse_to_dense": _sparse_to_dense,
     "constexpr_sparse_blockwise_shift_scale": _sparse_blockwise_shift_scale,
     "constexpr_lut_to_sparse": _lut_to_sparse,
-    "constexpr_cast": lambda args: args["source_val"].float(),
+    "constexpr_cast": lambda args: args.tensor("source_val").float(),
 }
 """Operation -> what computes it."""

@@ -247,7 +247,7 @@ def unpack_bits(raw: Array, bits: int, count: int, signed: bool = False) -> Arra
     if not signed:
         return np.asarray(values, np.uint8)
     sign = 2 ** (bits - 1)
-    return (values.astype(np.int8) ^ sign) - np.int8(sign)
+    return np.asarray((values.astype(np.int8) ^ sign) - np.int8(sign))
 
 
 def _type(message: Any) -> MilType:

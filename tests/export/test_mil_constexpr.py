@@ -20,6 +20,7 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
 from export.mil import Program
+from export.mil_args import Args
 from export.mil_constexpr import CONSTEXPR
 from export.mil_package import WEIGHTS, Package, Stored, quiet, unpack_bits
 
@@ -126,7 +127,7 @@ def test_the_older_affine_form(shape: tuple[int, ...]) -> None:
     expected = theirs.decompress(data, zero, scale, 0)
     args = {"quantized_data": data, "zero_point": np.asarray(zero), "scale": np.asarray(scale)}
     given_tensors = {name: torch.from_numpy(np.array(value)) for name, value in args.items()}
-    actual = CONSTEXPR["constexpr_affine_dequantize"]({**given_tensors, "axis": torch.tensor(0)})
+    actual = CONSTEXPR["constexpr_affine_dequantize"](Args({**given_tensors, "axis": torch.tensor(0)}))
     assert np.array_equal(actual.numpy(), expected)
 
 
@@ -134,9 +135,9 @@ def test_sparse_codes_keep_their_zeros() -> None:
     keep = torch.from_numpy(MASK.astype(np.uint8))
     data = torch.randint(-8, 8, (int(keep.sum()),), dtype=torch.int8)
     scale = torch.rand(8, 3)
-    args = {"data_mask": keep, "nonzero_data": data, "scale": scale}
+    args = Args(data_mask=keep, nonzero_data=data, scale=scale)
     out_mask, values = CONSTEXPR["constexpr_sparse_blockwise_shift_scale"](args)
-    dense = CONSTEXPR["constexpr_sparse_to_dense"]({"mask": out_mask, "nonzero_data": values})
+    dense = CONSTEXPR["constexpr_sparse_to_dense"](Args(mask=out_mask, nonzero_data=values))
     expected = torch.zeros(8, 12)
     expected[keep.bool()] = data.float()
     assert torch.equal(dense, expected * scale.repeat_interleave(4, 1))
