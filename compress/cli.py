@@ -13,6 +13,7 @@ from calibrate.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from compress.progress import Progress
     from compress.report import Report
@@ -237,7 +238,7 @@ def _console(*, stderr: bool = False) -> Console:
 
     console = Console(stderr=stderr, highlight=False)
     # A table cut to 80 columns in a log or a pipe loses figures.
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=400)
 
 
 def _progress(quiet: bool) -> Progress:
@@ -249,10 +250,28 @@ def _progress(quiet: bool) -> Progress:
     return LiveProgress(console) if console.is_terminal else LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
 
 
+def _print_table(console: Console, table: Table) -> None:
+    """The table, or on a terminal that is too narrow for it the same figures one below the other: none is cut."""
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    if wide <= console.width:
+        console.print(table)
+        return
+    names, *figures = table.columns
+    heading = max(len(str(column.header)) for column in figures)
+    for number, name in enumerate(names.cells):
+        console.print(Text(str(name), style="bold"))
+        for column in figures:
+            if cell := str(list(column.cells)[number]):
+                console.print(Text(f"  {column.header!s:{heading}}  {cell}"), soft_wrap=True)
+
+
 def _finish(report: Report) -> None:
     from compress.report import table
 
-    _console().print(table(report))
+    _print_table(_console(), table(report))
     for limit in report.limits:
         if not limit.met:
             print(f"missed: {limit.line}: {limit.says}")

@@ -214,3 +214,17 @@ def test_the_live_view_shows_steps_and_their_detail() -> None:
     text = console.export_text()
     assert "calibrate [x]" in text
     assert "stopped" in text
+
+
+def test_a_narrow_terminal_cuts_no_figure() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *(f"figure {number}" for number in range(8)))
+    table.add_row("onnx", *(f"0.{number}234567 [0.1, 0.2]" for number in range(7)), "")
+    narrow, wide = (Console(record=True, width=width) for width in (60, 400))
+    cli._print_table(narrow, table)
+    cli._print_table(wide, table)
+    for text in (narrow.export_text(), wide.export_text()):
+        assert all(f"0.{number}234567 [0.1, 0.2]" in text for number in range(7))
+        assert "figure 0" in text
