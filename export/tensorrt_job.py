@@ -42,6 +42,10 @@ _HINTS = (
         "Group scales under quantized activations have no kernel: scale by channel, or leave activations float.",
     ),
     (
+        r"type mismatch between matmul operand scales",
+        "Some scales are too small for float16, which compute capability 7.5 asks for: take 7.5 out.",
+    ),
+    (
         r"odd tensor volume",
         "INT4 codes are packed in pairs: leave this layer at 8 bits.",
     ),
@@ -99,7 +103,7 @@ def build_engine(
     compute_capabilities: Sequence[str] = (),
     optimization_level: int | None = None,
 ) -> Built:
-    """Builds ``engine`` from the Q/DQ file ``onnx``; the two may not exist yet and already, in this order.
+    """Builds ``engine`` from the Q/DQ file ``onnx``, in a new process; a failed build leaves no file.
 
     Args:
         builder: ``tensorrt`` or ``tensorrt-rtx``.
@@ -125,7 +129,7 @@ def build_engine(
     # -P keeps the script's folder off the path: it holds modules with everyday names.
     command = [sys.executable, "-P", str(script), str(job_path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=_environment())
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=_quiet())
         answer = json.loads(answer_path.read_text()) if answer_path.is_file() else _ended(done.returncode, done.stderr)
     finally:
         for path in (job_path, answer_path):
@@ -136,8 +140,8 @@ def build_engine(
     raise _refused(builder, answer)
 
 
-def _environment() -> dict[str, str]:
-    """The parent's, without its import path changes for this checkout."""
+def _quiet() -> dict[str, str]:
+    """This process's environment, for a child that leaves no compiled files behind."""
     return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
 
 

@@ -124,21 +124,20 @@ class TensorRTExporter(Exporter):
                 **engine_report(engine),
                 "warnings": sorted(set(built.warnings))[:8],
             }
-            for made in sorted(Path(folder).iterdir(), key=lambda file: file == engine):  # the engine last
-                os.replace(made, path.parent / made.name)
+            _move(Path(folder), path)
         return Artifact(self.format, path, path.stat().st_size, details)
 
     def open(self, path: Path, threads: int) -> Runner:
         """The engine on the GPU if its library and a CUDA build of torch are there; else the Q/DQ file (``proxy``)."""
         if not path.is_file():
             raise UserError(str(path), "there is no such engine", "Run the recipe again.")
-        engine = path.read_bytes()
-        library, version = builder_of(engine)
+        with path.open("rb") as file:
+            library, version = builder_of(file.read(64))
         title = f"{product(library)} {version}".strip()
         reason = _no_gpu(library)
         if not reason:
             try:
-                return EngineRunner(engine, LIBRARIES[library], product(library))
+                return EngineRunner(path.read_bytes(), LIBRARIES[library], product(library))
             except RuntimeError as error:
                 reason = f"it does not load on {torch.cuda.get_device_name()}: {_first_line(error)}"
         return _proxy(path, title, reason, threads)
@@ -189,6 +188,16 @@ class TensorRTExporter(Exporter):
                     raise UserError(f"export.tensorrt.{option}", f"{name} is not dynamic", hint)
         usual = {name: [min(2, size), size, size] for name, size in sizes.items()} | {"batch": [1, 1, 16]}
         return {name: list(self.profile.get(name, usual[name])) for name in self.dynamic}
+
+
+def _move(folder: Path, path: Path) -> None:
+    """Renames the finished files into place, the engine last; weights that an earlier Q/DQ file kept apart go."""
+    names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
+    for name in names:
+        os.replace(folder / name, path.parent / name)
+    data = f"{qdq_path(path).name}.data"
+    if data not in names:
+        (path.parent / data).unlink(missing_ok=True)
 
 
 def _refusals(module: nn.Module) -> Iterator[str]:

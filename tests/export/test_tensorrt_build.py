@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,14 @@ def test_a_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_known_errors_have_hints(message: str, word: str) -> None:
     assert word in hint_for(message)
+
+
+def test_the_builder_process_loads_nothing_but_the_standard_library_and_its_own() -> None:
+    source = Path(tensorrt_job.__file__).with_name("tensorrt_builder.py").read_text()
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in found if isinstance(node, ast.ImportFrom)}
+    assert names <= sys.stdlib_module_names
 
 
 def test_unknown_errors_have_none() -> None:

@@ -319,6 +319,18 @@ def test_a_failed_build_leaves_what_was_there(
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before, "builds are deterministic"
 
 
+def test_weights_kept_apart_move_along_and_old_ones_go(tmp_path: Path) -> None:
+    path = tmp_path / "model.engine"
+    for names in (["model.engine", "model.qdq.onnx", "model.qdq.onnx.data"], ["model.engine", "model.qdq.onnx"]):
+        folder = tmp_path / "unfinished"
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / name).write_text(f"{name} of {len(names)}")
+        to_tensorrt._move(folder, path)
+        folder.rmdir()
+        assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {n: f"{n} of {len(names)}" for n in names}
+
+
 # -- refusals, options and absent things: no builder needed ----------------------------------------------------------
 
 
