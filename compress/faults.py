@@ -191,7 +191,7 @@ def _list_word(schema: JsonSchema, root: JsonSchema) -> str:
     items = schema.get("items")
     inner = [word for one in _opened(items, root) if (word := _word(one, root))] if isinstance(items, Mapping) else []
     some = "a list that is not empty" if schema.get("minItems") else "a list"
-    simple = [word for word in inner if not word.startswith("a mapping")]
+    simple = [] if any(word.startswith("a mapping") for word in inner) else inner
     return f"{some}, each {' or '.join(dict.fromkeys(simple))}" if simple and len(inner) < 4 else some
 
 

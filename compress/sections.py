@@ -72,7 +72,7 @@ def _written(path: object) -> object:
 FilePath = Annotated[
     Path,
     BeforeValidator(_written),
-    WithJsonSchema({"type": "string", "pattern": "^[^~]", "examples": ["data/train.tsv"]}),
+    WithJsonSchema({"type": "string", "pattern": "^[^~]", "examples": ["path/to/file"]}),
 ]
 
 
@@ -200,7 +200,7 @@ class Limits(Section):
 
     metric_drop: Annotated[float, Field(ge=-100, le=100)] | None = Field(
         None,
-        description="largest loss of the metric against float, in its own unit (0.01 is one point of accuracy)",
+        description="largest loss of the metric against float: 0.01 is one point of accuracy, or one per cent of perplexity",
     )
     sqnr_db: Annotated[float, Field(ge=0, le=200)] | None = Field(
         None, description="least signal-to-quantization-noise ratio of the output against float, dB"

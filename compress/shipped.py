@@ -83,6 +83,7 @@ def readme() -> str:
     for one in shipped:
         title, _, rest = one.comment.partition("\n")
         lines += ["", f"## {one.name}", "", title, *rest.rstrip().split("\n")]
+    lines += ["", "# Keys of a recipe", "", *_keys()]
     lines += ["", "# Passes", "", *_sections({entry.name: entry for entry in PASSES})]
     lines += ["", "# Exporters", "", *_sections(known_exporters())]
     return "\n".join(lines).rstrip() + "\n"
@@ -104,6 +105,21 @@ def options(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
 def summary(model: type[BaseModel]) -> str:
     """The first paragraph of a docstring, on one line."""
     return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split()).replace("``", "`")
+
+
+def _keys() -> Iterable[str]:
+    from compress.recipe import Recipe
+    from compress.sections import Accept, DataSpec, Measure, ModelSpec, Split
+
+    sections: dict[str, type[BaseModel]] = {
+        "recipe": Recipe,
+        "model": ModelSpec,
+        "data": DataSpec,
+        "data.calibration` and `data.evaluation": Split,
+        "accept": Accept,
+        "measure": Measure,
+    }
+    yield from _sections(sections)
 
 
 def _sections(choices: Mapping[str, type[BaseModel]]) -> Iterable[str]:
@@ -139,6 +155,11 @@ def _comment(text: str) -> str:
 def _yaml(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, dict):
+        said = [f"{key}: {word}" for key, inner in value.items() if (word := _yaml(inner))]
+        return f"{{{', '.join(said)}}}" if said else ""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{', '.join(_yaml(item) for item in value)}]" if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_yaml(item) for item in value)}]" if value else ""
+    return str(value)
