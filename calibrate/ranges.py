@@ -147,7 +147,7 @@ class Histogram:
 
     def __init__(self, bins: int = 8192, importance: Tensor | None = None) -> None:
         self.counts = torch.zeros(bins, dtype=torch.int64 if importance is None else torch.float64)
-        self.importance = None if importance is None else importance.double()
+        self.importance = None if importance is None else importance.double().clamp(min=1e-30)
         self.exponent = -120
 
     @property
@@ -358,6 +358,8 @@ class Entropy(_Counted):
         width, edge = self.histogram.width, max(-low, high)
         last = max(1, math.ceil(edge / width))
         best, least = (low, high), math.inf
+        if edge == 0:
+            return best
         for step in _thresholds(min(last, grid.high + 1), last, self.candidates):
             pair = max(low, -step * width), min(high, step * width)
             divergence = self._divergence(grid, centres, counts, width, pair)
