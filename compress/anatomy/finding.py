@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
+from io import StringIO
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class _Untraced(Exception):
 
 
 def _trace(model: nn.Module, signature: Signature, example: Batch) -> torch.export.ExportedProgram:
-    with _left_as_it_was(model):
+    # torch.export prints the graph so far when it fails: the message says enough.
+    with _left_as_it_was(model), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         try:
             return Traceable(model, signature, example).program(batch=_ROWS)
         except UserError:

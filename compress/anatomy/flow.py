@@ -41,7 +41,10 @@ ROOTS = frozenset({"rsqrt", "sqrt", "norm", "linalg_vector_norm", "var", "var_me
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 _REGIONS = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled"})
-PRODUCTS = frozenset({"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum"})
+PRODUCTS = frozenset(
+    {"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+)
+"""Products of two tensors; the grouped ones multiply each token by the matrix of its expert."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Weight:
     """The weight that an operation carries.
 
     ``path`` is the module in the user's model that owns it, or the parameter itself where no module of its own does
-    (``whole`` is False). ``kind`` is that of a ``Site``. ``groups`` is 1 but for convolutions.
+    (``whole`` is False). ``kind`` is that of a ``Site``. ``groups`` is 1 but for convolutions. ``pointwise``: it mixes
+    channels only (a linear layer, or a convolution whose kernel is 1 wide).
     """
 
     path: str
@@ -57,11 +61,7 @@ class Weight:
     shape: tuple[int, ...]
     whole: bool = True
     groups: int = 1
-
-    @property
-    def pointwise(self) -> bool:
-        """Mixes channels only: a linear layer or a convolution whose kernel is 1 wide."""
-        return all(size == 1 for size in self.shape[2:])
+    pointwise: bool = True
 
 
 @dataclass(eq=False)
@@ -232,7 +232,8 @@ class Flow:
         path, whole = self._owner(name, step.path)
         turned = step.op in PRODUCTS and start != origin and self.steps[origin].shape == shape[::-1] and len(shape) == 2
         kind = self._kind(step, direct=start == origin, turned=turned) if whole else "other"
-        return Weight(path, kind, shape[::-1] if turned else shape, whole, _groups(step))
+        pointwise = step.op not in CONVOLUTIONS or all(size == 1 for size in shape[2:])
+        return Weight(path, kind, shape[::-1] if turned else shape, whole, _groups(step), pointwise)
 
     def _largest(self, start: int) -> int | None:
         """The largest stored tensor that a value is computed from, unless a projection or a product lies between."""

@@ -20,8 +20,11 @@ def find_joins(flow: Flow, inside: set[int]) -> set[int]:
     embedding are not joins: no side of theirs is the source of the other.
     """
     work = flow.projection_bits | sum(1 << index for index in flow.norms)
-    adds = [step for step in flow.steps if step.op in _ADDS and step.live and step.index not in inside]
-    return {step.index for step in adds if _joins(flow, step.index, work)}
+    joins: set[int] = set()
+    for step in flow.steps:
+        if step.op in _ADDS and step.live and step.index not in inside and _joins(flow, step.index, work, joins):
+            joins.add(step.index)
+    return joins
 
 
 def rejoins(flow: Flow, join: int, parts: Iterable[int]) -> bool:
@@ -31,21 +34,26 @@ def rejoins(flow: Flow, join: int, parts: Iterable[int]) -> bool:
     return sides in ([True, False], [False, True])
 
 
-def _joins(flow: Flow, index: int, work: int) -> bool:
+def _joins(flow: Flow, index: int, work: int, joins: set[int]) -> bool:
     sides = flow.steps[index].inputs
     if len(sides) != 2:
         return False
     return any(
-        _is_source(flow, skip, branch, work) for skip, branch in ((sides[0], sides[1]), (sides[1], sides[0]))
+        _is_source(flow, skip, branch, work, joins) for skip, branch in ((sides[0], sides[1]), (sides[1], sides[0]))
     )
 
 
-def _is_source(flow: Flow, skip: int, branch: int, work: int) -> bool:
-    """Whether ``branch`` was computed, through a step of ``work``, from what ``skip`` still is."""
-    moved, queue = {skip}, [skip]
+def _is_source(flow: Flow, skip: int, branch: int, work: int, joins: set[int]) -> bool:
+    """Whether ``branch`` was computed, through a step of ``work``, from what ``skip`` still is.
+
+    Parallel branches may be added one after the other (Cohere): then the source lies under the first join.
+    """
+    moved, queue, passed = {skip}, [skip], False
     while queue:
         step = queue.pop()
-        if flow.is_layout(step):
+        under_join = step in joins and not passed and not flow.before[branch] >> step & 1
+        passed = passed or under_join
+        if under_join or flow.is_layout(step):
             fresh = [source for source in flow.sources(step) if source not in moved]
             moved.update(fresh)
             queue.extend(fresh)

@@ -202,6 +202,18 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "gemma2": lambda: _causal("Gemma2ForCausalLM", "Gemma2Config", num_key_value_heads=2, head_dim=8, sliding_window=8),
     "phi": lambda: _causal("PhiForCausalLM", "PhiConfig"),
     "phi3": lambda: _causal("Phi3ForCausalLM", "Phi3Config", num_key_value_heads=2),
+    "cohere": lambda: _causal("CohereForCausalLM", "CohereConfig", num_key_value_heads=2),
+    "mixtral": lambda: _causal("MixtralForCausalLM", "MixtralConfig", num_key_value_heads=2, num_local_experts=2),
+    "bart": lambda: _hf(
+        "BartModel", "BartConfig", True, "last_hidden_state", vocab_size=VOCABULARY, d_model=32, encoder_layers=2,
+        decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+        constants={"use_cache": False},
+    ),
+    "xlnet": lambda: _hf(
+        "XLNetForSequenceClassification", "XLNetConfig", True, "logits", vocab_size=VOCABULARY, d_model=32, n_layer=2,
+        n_head=4, d_inner=64,
+    ),
     "gpt_neox": lambda: _causal("GPTNeoXForCausalLM", "GPTNeoXConfig"),
     "gpt_neo": lambda: _hf(
         "GPTNeoForCausalLM", "GPTNeoConfig", True, "logits", vocab_size=VOCABULARY, hidden_size=32, num_layers=2,

@@ -216,6 +216,32 @@ FACTS: dict[str, Facts] = {
         ),
         4, "lm_head",
     ),
+    "cohere": Facts(stack("model.layers.{}", 2, (4, 2, 8), *LLAMA), 4, "lm_head"),
+    "mixtral": Facts(
+        stack(
+            "model.layers.{}", 2, (4, 2, 8), LLAMA[0],
+            "mlp.experts.gate_up_proj mlp.experts.gate_up_proj mlp.experts.down_proj",
+        ),
+        4, "lm_head", unplaced="model.layers.*.mlp.gate", note="the router",
+    ),
+    "bart": Facts(
+        [
+            *stack("encoder.layers.{}", 2, H, CLIP[0], "fc1 - fc2"),
+            *stack(
+                "decoder.layers.{}", 2, H,
+                " ".join(f"self_attn.{name}+encoder_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+                "fc1 - fc2",
+            ),
+        ],
+        10,
+    ),
+    "xlnet": Facts(
+        stack(
+            "transformer.layer.{}", 2, H, "rel_attn.q rel_attn.k rel_attn.v rel_attn.o", "ff.layer_1 - ff.layer_2"
+        ),
+        4, "sequence_summary.summary logits_proj", unplaced="transformer.layer.*.rel_attn.r",
+        note="the parameter of relative positions",
+    ),
     "gpt_neox": Facts(
         stack(
             "gpt_neox.layers.{}", 2, H, fused("attention.query_key_value", "attention.dense"),
