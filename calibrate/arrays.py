@@ -56,9 +56,7 @@ class Npz(Table):
             with zipfile.ZipFile(self._path) as archive:
                 return {member.removesuffix(".npy") for member in archive.namelist() if member.endswith(".npy")}
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(
-                self.name, f"is not an npz file that can be read ({error})", "Write it with numpy.savez."
-            ) from None
+            raise UserError(self.name, f"is not an npz file that can be read ({error})", "Write it with numpy.savez.") from None
 
     @property
     def _path(self) -> Path:
@@ -108,9 +106,7 @@ class _Member:
             shape, fortran, dtype = read(self._opened)
         except ValueError as error:
             self.__exit__()
-            raise UserError(
-                self._name, f"the array {self._key} cannot be read ({error})", "Write it with numpy.savez."
-            ) from None
+            raise UserError(self._name, f"the array {self._key} cannot be read ({error})", "Write it with numpy.savez.") from None
         if dtype.hasobject:
             self.__exit__()
             raise UserError(

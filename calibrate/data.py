@@ -174,13 +174,9 @@ def select(total: int, selection: Selection, *, seed: int = 0, where: str = "", 
             raise UserError(where, f"rows {start}:{stop} of {total} rows", hint)
         return list(range(start, stop))
     if not isinstance(selection, int) or isinstance(selection, bool):
-        raise UserError(
-            where, f"rows: {selection!r} is not a choice of rows", "Give all, a count, or a range start:stop."
-        )
+        raise UserError(where, f"rows: {selection!r} is not a choice of rows", "Give all, a count, or a range start:stop.")
     if not 0 < selection <= total:
-        raise UserError(
-            where, f"{selection} rows asked for, there are {total}", f"Give a count from 1 to {total}, or all."
-        )
+        raise UserError(where, f"{selection} rows asked for, there are {total}", f"Give a count from 1 to {total}, or all.")
     order = np.random.default_rng(seed).permutation(total)
     return sorted(int(index) for index in (order[-selection:] if from_end else order[:selection]))
 
@@ -208,15 +204,11 @@ def check_apart(calibration: Rows, evaluation: Rows) -> int:
     twins = overlap(calibration, evaluation)
     if 2 * min(twins, overlap(evaluation, calibration)) >= min(len(calibration), len(evaluation)):
         hint = "Evaluation must use rows that calibration has not seen; give other rows or another file."
-        raise UserError(
-            where, f"{twins} of {len(evaluation)} evaluation rows have the same content as calibration rows", hint
-        )
+        raise UserError(where, f"{twins} of {len(evaluation)} evaluation rows have the same content as calibration rows", hint)
     return twins
 
 
-def from_tensors(
-    batch: Mapping[str, Tensor], labels: Tensor | None = None, name: str = "tensors", group: int = 1
-) -> Rows:
+def from_tensors(batch: Mapping[str, Tensor], labels: Tensor | None = None, name: str = "tensors", group: int = 1) -> Rows:
     """Rows of tensors in memory: inputs by name, each [rows * group, ...]."""
     table = _Tensors(dict(batch), name, group)
     return Rows(table, _Stack(list(batch), group), range(len(table)), labels)
@@ -245,9 +237,7 @@ class _Stack(Encoder):
         self.names, self.group = names, group
 
     def encode(self, items: Sequence[Item], places: Sequence[str]) -> Batch:
-        return {
-            name: torch.from_numpy(np.concatenate([item[i] for item in items])) for i, name in enumerate(self.names)
-        }
+        return {name: torch.from_numpy(np.concatenate([item[i] for item in items])) for i, name in enumerate(self.names)}
 
     def describe(self) -> dict[str, Any]:
         return {"inputs": self.names}

@@ -109,11 +109,7 @@ class ImageEncoder(Encoder):
             with Image.open(io.BytesIO(raw)) as opened:
                 image = opened.convert("L" if settings["channels"] == 1 else "RGB")
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            what = (
-                "is not an image that can be read"
-                if isinstance(error, UnidentifiedImageError)
-                else f"is damaged ({error})"
-            )
+            what = "is not an image that can be read" if isinstance(error, UnidentifiedImageError) else f"is damaged ({error})"
             raise UserError(place, what, "Repair or remove it.") from None
         filter_number = Image.Resampling(_RESAMPLING[settings["interpolation"]])
         image = _fitted(image, settings["resize"], settings["size"], bool(settings["crop"]), filter_number)

@@ -91,11 +91,7 @@ def _translation(
         raise _unknown(place(0).rpartition(":")[0] or place(0), stranger, names)
     if classes is not None and len(data_names) != classes:
         what = f"names {len(data_names)} classes, the model has {classes}, and no name is the same"
-        hint = (
-            f"Call them as the model does: {', '.join(list(names)[:6])} ..."
-            if names
-            else "Give one folder for each class."
-        )
+        hint = f"Call them as the model does: {', '.join(list(names)[:6])} ..." if names else "Give one folder for each class."
         raise UserError(place(0).rpartition(":")[0] or place(0), what, hint)
     return list(range(len(data_names)))
 
@@ -116,9 +112,7 @@ def _plain(name: Any) -> str:
 
 def _unknown(where: str, value: Any, names: Sequence[str] | None) -> UserError:
     if not names:
-        return UserError(
-            where, f"label {value!r} is text, and the model does not name its classes", "Give class numbers from 0."
-        )
+        return UserError(where, f"label {value!r} is text, and the model does not name its classes", "Give class numbers from 0.")
     near = difflib.get_close_matches(str(value), [str(name) for name in names], n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}." if near else f"The model's classes: {', '.join(list(names)[:12])}."
     return UserError(where, f"label {value!r} is not one of the model's classes", hint)

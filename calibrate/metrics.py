@@ -94,9 +94,7 @@ class Accuracy(Metric):
         first, second = (lost + 1) / (rows + 2), (won + 1) / (rows + 2)
         half = _Z * math.sqrt((first + second - (first - second) ** 2) / (rows + 2))
         middle = first - second
-        return Estimate(
-            (lost - won) / rows, max(middle - half, -1.0), min(middle + half, 1.0), rows, "paired adjusted wald"
-        )
+        return Estimate((lost - won) / rows, max(middle - half, -1.0), min(middle + half, 1.0), rows, "paired adjusted wald")
 
 
 class F1(Metric):
@@ -262,9 +260,7 @@ def metric(name: str) -> Metric:
     return METRICS[name]()
 
 
-def paired_drop(
-    metric: Metric, labels: Tensor | None, reference: Tensor, other: Tensor, batch: Batch | None = None
-) -> Estimate:
+def paired_drop(metric: Metric, labels: Tensor | None, reference: Tensor, other: Tensor, batch: Batch | None = None) -> Estimate:
     """``Metric.drop`` from the outputs themselves: both models' on the same rows, [B, ...]."""
     batch = batch or {}
     return metric.drop(metric.rows(reference, batch, labels), metric.rows(other, batch, labels))
@@ -275,9 +271,7 @@ def _classes(name: str, outputs: Tensor, labels: Tensor | None) -> Tensor:
         raise _unlabelled(name)
     if outputs.dim() != 2 or len(outputs) != len(labels) or labels.is_floating_point():
         what = f"{name} needs one row of class scores for each class label, the output is {list(outputs.shape)}"
-        raise UserError(
-            "data.metric", what, "Give metric: spearman or pearson for scores, perplexity for language models."
-        )
+        raise UserError("data.metric", what, "Give metric: spearman or pearson for scores, perplexity for language models.")
     if int(labels.max()) >= outputs.shape[1] or int(labels.min()) < 0:
         what = f"label {int(labels.max())} and the model has {outputs.shape[1]} classes"
         raise UserError("data", what, "Labels are numbered from 0 in the order of the model's classes.")
@@ -285,9 +279,7 @@ def _classes(name: str, outputs: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _unlabelled(name: str) -> UserError:
-    return UserError(
-        "data", f"metric {name} needs labels, the rows have none", "Name the label column under data.columns."
-    )
+    return UserError("data", f"metric {name} needs labels, the rows have none", "Name the label column under data.columns.")
 
 
 def _same_rows(reference: Tensor, other: Tensor) -> int:

@@ -77,9 +77,7 @@ class Parquet(Table):
             if isinstance(cell, dict) and "bytes" in cell:
                 cell = cell["bytes"]
             if cell is None:
-                raise UserError(
-                    self.place(index), f"column {name!r} is empty", "Image bytes must be in the file itself."
-                )
+                raise UserError(self.place(index), f"column {name!r} is empty", "Image bytes must be in the file itself.")
             cells.append(cell)
         return tuple(cells)
 
@@ -100,17 +98,13 @@ def _open(path: Path, name: str) -> Any:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError, OSError) as error:
         what = str(error).strip().partition("\n")[0]
-        raise UserError(
-            name, f"is not a parquet file that can be read ({what})", "Copy or download it again."
-        ) from None
+        raise UserError(name, f"is not a parquet file that can be read ({what})", "Copy or download it again.") from None
 
 
 def _column(where: str, column: Column, known: Sequence[str]) -> str:
     if isinstance(column, int):
         if column >= len(known):
-            raise UserError(
-                where, f"has {len(known)} columns, there is no column {column}", "Positions are counted from 0."
-            )
+            raise UserError(where, f"has {len(known)} columns, there is no column {column}", "Positions are counted from 0.")
         return known[column]
     if column not in known:
         raise missing_column(where, column, known)

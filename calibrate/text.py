@@ -27,9 +27,7 @@ Column = str | int
 class Tokenize(Protocol):
     """A tokenizer: named int64 tensors [B, tokens], and for each row whether it was cut."""
 
-    def __call__(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int
-    ) -> tuple[Batch, list[bool]]: ...
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int) -> tuple[Batch, list[bool]]: ...
 
 
 class _Lines(Table):
@@ -79,9 +77,7 @@ class _Lines(Table):
 class Delimited(_Lines):
     """A csv file (commas, quotes) or a tsv file (tabs, quotes are ordinary characters)."""
 
-    def __init__(
-        self, path: Path, name: str, cells: Sequence[Column], label: Column | None = None, header: bool = True
-    ) -> None:
+    def __init__(self, path: Path, name: str, cells: Sequence[Column], label: Column | None = None, header: bool = True) -> None:
         """``cells``: the columns with the text (one, or two for pairs); ``label``: the column with the label, or None.
 
         Raises:
@@ -112,9 +108,7 @@ class Delimited(_Lines):
         with _opened(self.path, self.name) as file:
             csv.field_size_limit(2**31 - 1)
             lines = _decoded(file, self.name)
-            reader = (
-                csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
-            )
+            reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
             try:
                 for row in reader:
                     if row:
@@ -141,9 +135,7 @@ class Delimited(_Lines):
                 positions.append(names.index(column))
         if self._header and isinstance(self._label, int) and _is_number(first[self._label]):
             hint = "Give header: false if it is one."
-            raise UserError(
-                f"{self.name}:{line}", f"the first line looks like a row (its label is {first[self._label]})", hint
-            )
+            raise UserError(f"{self.name}:{line}", f"the first line looks like a row (its label is {first[self._label]})", hint)
         return positions
 
 
@@ -191,9 +183,7 @@ class Windows(Table):
         whole = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
         count = len(whole) // tokens
         if not count:
-            raise UserError(
-                name, f"has {len(whole)} tokens, a row needs {tokens}", "Give a longer text, or a smaller tokens."
-            )
+            raise UserError(name, f"has {len(whole)} tokens, a row needs {tokens}", "Give a longer text, or a smaller tokens.")
         self._left = len(whole) - count * tokens
         self._windows = whole[: count * tokens].reshape(count, tokens)
 
@@ -279,9 +269,7 @@ def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}:{number}", f"is not UTF-8 (byte {error.start})", "Save the file as UTF-8."
-            ) from None
+            raise UserError(f"{name}:{number}", f"is not UTF-8 (byte {error.start})", "Save the file as UTF-8.") from None
 
 
 def _pieces(lines: Iterable[str], size: int = 1 << 20) -> Iterator[str]:

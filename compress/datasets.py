@@ -110,9 +110,7 @@ def build_rows(
         return digits_rows("test" if last else "calibration", part.selection, recipe.seed)
     if part.path is None:
         raise UserError(recipe.place("data", split), f"{split} names no path", "Give path: a file or folder.")
-    table, encoder = _READERS[spec.format](
-        _Request(spec, part.path, recipe, source, tables if tables is not None else {})
-    )
+    table, encoder = _READERS[spec.format](_Request(spec, part.path, recipe, source, tables if tables is not None else {}))
     indices = select(len(table), part.selection, seed=recipe.seed, where=f"{where}.rows", from_end=last)
     labels = _labels(table, indices, source, spec)
     return Rows(table, encoder, indices, labels, _chosen(part, recipe.seed))
@@ -182,9 +180,7 @@ class _Request:
 
     def no_fit(self, needs: str) -> UserError:
         what = f"format {self.spec.format} gives {needs}, {self.source.name} takes {', '.join(self.names)}"
-        return UserError(
-            self.recipe.place("data", "format"), what, "Use format: arrays, with one array for each input."
-        )
+        return UserError(self.recipe.place("data", "format"), what, "Use format: arrays, with one array for each input.")
 
 
 def _text(request: _Request) -> tuple[Table, Encoder]:
@@ -307,9 +303,7 @@ def _image_encoder(request: _Request) -> Encoder:
     own["channels"] = spec.channels or (shape[1] if isinstance(shape[1], int) else own.get("channels", 3))
     said: dict[str, Any] = {"mean": spec.mean, "std": spec.std, "crop": spec.crop, "interpolation": spec.interpolation}
     said["resize"] = list(spec.resize) if isinstance(spec.resize, tuple) else spec.resize
-    stated = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in said.items() if value is not None
-    }
+    stated = {key: list(value) if isinstance(value, tuple) else value for key, value in said.items() if value is not None}
     own |= stated
     if stated:
         own["from"] = f"{own.get('from')}; the recipe: {', '.join(stated)}"
@@ -320,9 +314,7 @@ def _image_encoder(request: _Request) -> Encoder:
                 request.recipe.place("data"), f"nothing states the {key} of the pixels for {request.source.name}", hint
             )
     if size is None:
-        raise UserError(
-            request.recipe.place("data"), "nothing states the size of the images", "Give image_size: 224, say."
-        )
+        raise UserError(request.recipe.place("data"), "nothing states the size of the images", "Give image_size: 224, say.")
     if sizes and list(size) != sizes:
         what = f"image_size {list(size)}, {request.source.name} takes {sizes}"
         raise UserError(request.recipe.place("data", "image_size"), what, "Leave it out, or take the model's size.")
@@ -375,8 +367,4 @@ def _nearest_entry(file: Path) -> str:
 
     names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
     near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4)
-    return (
-        f"Nearest: {', '.join(near)}."
-        if near
-        else f"{file.parent} {'has no such file' if names else 'does not exist'}."
-    )
+    return f"Nearest: {', '.join(near)}." if near else f"{file.parent} {'has no such file' if names else 'does not exist'}."

@@ -52,9 +52,7 @@ class Tokenizer:
     names: tuple[str, ...]
     fingerprint: str
 
-    def __call__(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int
-    ) -> tuple[Batch, list[bool]]:
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int) -> tuple[Batch, list[bool]]:
         """Named int64 tensors [B, tokens], padded or cut to ``tokens``, and for each text whether it was cut."""
         second = {} if pairs is None else {"text_pair": list(pairs)}
         encoded = self.raw(list(texts), **second, padding="max_length", truncation=True, max_length=tokens)
@@ -113,9 +111,7 @@ def rebuild_hf(rebuild: dict[str, Any], folder: Path) -> nn.Module:
         settings = {key: value for key, value in rebuild.items() if key not in ("kind", "class")}
         model_class = getattr(transformers, rebuild["class"], None)
         if model_class is None:
-            raise UserError(
-                str(folder), f"this transformers has no {rebuild['class']}", "Install the version of the run."
-            )
+            raise UserError(str(folder), f"this transformers has no {rebuild['class']}", "Install the version of the run.")
         _prepare(config, settings)
         with _no_initialisation():
             model: nn.Module = model_class._from_config(
@@ -130,9 +126,7 @@ def _folder(name: str, base: Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UserError(
-            f"hf:{name}", "is a file, not a folder", "Name the folder that holds config.json and model.safetensors."
-        )
+        raise UserError(f"hf:{name}", "is a file, not a folder", "Name the folder that holds config.json and model.safetensors.")
     near = nearest(folder.name, [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else [])
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise UserError(
@@ -171,9 +165,7 @@ def _weight_files(folder: Path) -> list[Path]:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise UserError(
-                str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again."
-            ) from None
+            raise UserError(str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again.") from None
     return weights
 
 
@@ -186,9 +178,7 @@ def _config(transformers: Any, folder: Path) -> Any:
     kind = plain.get("model_type")
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
     if kind not in known:
-        what = (
-            "runs its own code, which is not trusted" if "auto_map" in plain else f"has the unknown model_type {kind!r}"
-        )
+        what = "runs its own code, which is not trusted" if "auto_map" in plain else f"has the unknown model_type {kind!r}"
         raise UserError(str(path), what, nearest(str(kind), known) if kind else "model_type is missing.")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -235,9 +225,7 @@ def _what(transformers: Any, config: Any, folder: Path, task: str) -> tuple[Any,
 def _class(transformers: Any, name: str, where: str) -> Any:
     found = getattr(transformers, name, None)
     if found is None:
-        raise UserError(
-            where, f"transformers {transformers.__version__} has no {name}", "Install the version that it needs."
-        )
+        raise UserError(where, f"transformers {transformers.__version__} has no {name}", "Install the version that it needs.")
     return found
 
 
@@ -251,9 +239,7 @@ def _base_class(transformers: Any, config: Any, where: str) -> Any:
 def _check_pooling(folder: Path) -> None:
     pooling = folder / "1_Pooling" / "config.json"
     if pooling.is_file():
-        modes = [
-            key for key, on in json.loads(pooling.read_text()).items() if key.startswith("pooling_mode_") and on is True
-        ]
+        modes = [key for key, on in json.loads(pooling.read_text()).items() if key.startswith("pooling_mode_") and on is True]
         if modes != ["pooling_mode_mean_tokens"]:
             hint = "Mean pooling is supported; give task: features for the token states themselves."
             raise UserError(str(pooling), f"pools by {', '.join(modes) or 'nothing'}", hint)

@@ -236,9 +236,7 @@ def check_finite(model: nn.Module, where: str) -> None:
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(
-                where, f"the weight {name} holds NaN or infinity", "The file is damaged, or training diverged."
-            )
+            raise UserError(where, f"the weight {name} holds NaN or infinity", "The file is damaged, or training diverged.")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -258,9 +256,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(
-            str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again."
-        ) from None
+        raise UserError(str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again.") from None
 
 
 def random_images(shape: tuple[int, ...], seed: int = 0) -> Tensor:

@@ -121,9 +121,7 @@ def _fill(model: nn.Module, weights: dict[str, torch.Tensor], where: str) -> Non
         raise UserError(where, f"lacks the weight {absent[0]}{more}", "It was saved from another model.")
     if strange := sorted(set(weights) - set(own)):
         more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
-        raise UserError(
-            where, f"has the weight {strange[0]}{more} that the model lacks", "It was saved from another model."
-        )
+        raise UserError(where, f"has the weight {strange[0]}{more} that the model lacks", "It was saved from another model.")
     for key, value in own.items():
         if value.shape != weights[key].shape:
             what = f"{key} is {list(weights[key].shape)}, the model has {list(value.shape)}"
@@ -137,9 +135,7 @@ def _signature(model: nn.Module, settings: dict[str, Any], where: str) -> Signat
     with torch.inference_mode():
         output = model(random_images((1, *settings["input_size"])))
     if not isinstance(output, torch.Tensor):
-        raise UserError(
-            where, f"returns {type(output).__name__}, not one tensor", "Models with one output are supported."
-        )
+        raise UserError(where, f"returns {type(output).__name__}, not one tensor", "Models with one output are supported.")
     return Signature(inputs, "tensor", "logits" if getattr(model, "num_classes", 0) else "features")
 
 

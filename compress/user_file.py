@@ -96,18 +96,10 @@ def _split(source: str, base: Path) -> tuple[Path, str]:
     except (SyntaxError, UnicodeDecodeError) as error:
         place = f"{file}:{error.lineno}:{error.offset}" if isinstance(error, SyntaxError) else file
         raise UserError(place, f"is not valid Python ({error.__class__.__name__})", "") from None
-    defined = [
-        node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
-    ]
-    imported = [
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    ]
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
+    imported = [alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
     assigned = [
-        target.id
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
+        target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)
     ]
     if function not in (*defined, *imported, *assigned):
         raise UserError(
@@ -137,11 +129,7 @@ def _call(path: Path, function: str, source: str) -> tuple[nn.Module, Any]:
         raise UserError(source, f"returned {_told(returned)}", hint)
     model, example = returned
     wrong = next(
-        (
-            key
-            for key, value in model.state_dict().items()
-            if value.is_floating_point() and value.dtype != torch.float32
-        ),
+        (key for key, value in model.state_dict().items() if value.is_floating_point() and value.dtype != torch.float32),
         None,
     )
     if wrong is not None:
@@ -165,19 +153,13 @@ def _named(model: nn.Module, example: Any, source: str) -> Batch:
         example = (example,)
     if isinstance(example, tuple | list):
         example = dict(zip(parameters, example, strict=False)) if len(example) <= len(parameters) else None
-    if (
-        not isinstance(example, Mapping)
-        or not example
-        or not all(isinstance(value, Tensor) for value in example.values())
-    ):
+    if not isinstance(example, Mapping) or not example or not all(isinstance(value, Tensor) for value in example.values()):
         hint = "Give a dict of tensors by input name, a tuple in the order of forward's parameters, or one tensor."
         raise UserError(source, "the example inputs are not tensors that fit forward", hint)
     batch = {str(name): value for name, value in example.items()}
     for name, value in batch.items():
         if value.dim() < 1 or value.shape[0] != next(iter(batch.values())).shape[0] or not value.shape[0]:
-            raise UserError(
-                source, f"input {name} is {list(value.shape)}", "The first dimension of every input is the batch."
-            )
+            raise UserError(source, f"input {name} is {list(value.shape)}", "The first dimension of every input is the batch.")
     return batch
 
 

@@ -46,9 +46,7 @@ def test_rows_can_be_read_again_and_at_the_same_time() -> None:
 
 
 @given(total=st.integers(2, 200), seed=st.integers(0, 5), data=st.data())
-def test_counts_are_drawn_by_seed_without_repetition_and_from_two_ends(
-    total: int, seed: int, data: st.DataObject
-) -> None:
+def test_counts_are_drawn_by_seed_without_repetition_and_from_two_ends(total: int, seed: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(1, total - 1))
     chosen = select(total, first, seed=seed)
     assert chosen == sorted(set(chosen)) == select(total, first, seed=seed)
@@ -135,7 +133,7 @@ def test_labels_that_are_none_name_their_row() -> None:
         class_labels([-1], place, classes=None, names=None)
     with pytest.raises(UserError, match="does not name its classes"):
         class_labels(["good"], place, classes=2, names=None)
-    with pytest.raises(UserError, match="label 0.5"):
+    with pytest.raises(UserError, match=r"label 0.5"):
         class_labels([0.5], place, classes=2, names=["a", "b"])
 
 

@@ -114,7 +114,7 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
 
 def test_a_file_without_header_is_not_read_as_one_with(tmp_path: Path) -> None:
     path = written(tmp_path, "tsv", header=False)
-    with pytest.raises(UserError, match="looks like a row.*\n  Give header: false"):
+    with pytest.raises(UserError, match=r"looks like a row.*\n  Give header: false"):
         Delimited(path, "a.tsv", [0], 1, header=True)
     with pytest.raises(UserError, match="read without header"):
         Delimited(path, "a.tsv", ["text"], None, header=False)

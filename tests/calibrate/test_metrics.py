@@ -221,7 +221,7 @@ def test_intervals_do_not_change_from_run_to_run() -> None:
 
 
 def test_errors_name_the_way_out() -> None:
-    with pytest.raises(UserError, match="unknown metric 'acuracy'.*\n.*accuracy"):
+    with pytest.raises(UserError, match=r"unknown metric 'acuracy'.*\n.*accuracy"):
         metric("acuracy")
     with pytest.raises(UserError, match="needs labels"):
         statistics("accuracy", torch.randn(3, 2), None)

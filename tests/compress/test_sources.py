@@ -14,7 +14,7 @@ from calibrate.fidelity import sqnr_db
 from compress import sources
 from compress.sources import Source, load_model, rebuild_model
 
-NET = '''
+NET = """
 import torch
 from torch import nn
 
@@ -92,7 +92,7 @@ def text_out():
 
 def raises():
     raise RuntimeError("the weights are not here\\nsecond line")
-'''
+"""
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_names_that_lead_nowhere(base: Path, source: str, says: str) -> None:
 
 
 def test_options_that_do_not_apply(base: Path) -> None:
-    with pytest.raises(UserError, match="model.checkpoint: does not apply"):
+    with pytest.raises(UserError, match=r"model.checkpoint: does not apply"):
         load_model("embedded:digits-vit", base=base, checkpoint=Path("x.safetensors"))
     with pytest.raises(UserError, match="unknown task 'classification'"):
         load_model("embedded:digits-vit", base=base, task="classification")
