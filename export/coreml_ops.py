@@ -277,6 +277,7 @@ def conversion(carrier: Carrier) -> Iterator[None]:
     """coremltools with our converters and patches, and without progress bars; as before when the block ends."""
     from coremltools.converters.mil.frontend.torch import ops
     from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY as registry
+    from coremltools.converters.mil.mil import Program
     from coremltools.converters.mil.mil.passes import pass_pipeline
     from coremltools.converters.mil.mil.passes.defs.quantization import FP16ComputePrecision
 
@@ -284,6 +285,7 @@ def conversion(carrier: Carrier) -> Iterator[None]:
         (ops, "_cast", _scalar(ops._cast)),
         (ops, "_tqdm", _Silent),
         (pass_pipeline, "tqdm", _Silent),
+        (Program, "validate", lambda program, **_: None),  # after each of 110 passes; ``write`` does it once
         (FP16ComputePrecision, "fp16_overflow", staticmethod(_overflows)),
     ]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]

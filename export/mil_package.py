@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,30 @@ def coremltools() -> Any:
     Raises:
         MissingRuntime: it is not installed.
     """
-    with quiet():
+    with quiet(), _without_sklearn():
         try:
             import coremltools as library
         except ImportError as error:
             hint = "pip install 'transformer-compress[coreml]'"
             raise MissingRuntime("", f"Core ML needs coremltools ({error})", hint) from None
     return library
+
+
+@contextmanager
+def _without_sklearn() -> Iterator[None]:
+    """coremltools imports scikit-learn only to find that a version after 1.5 is of no use to it; that takes a second."""
+    try:
+        useless = tuple(map(int, metadata.version("scikit-learn").split(".")[:2])) > (1, 5)
+    except (metadata.PackageNotFoundError, ValueError):
+        useless = False
+    hidden = useless and not {"sklearn", "coremltools"} & set(sys.modules)
+    if hidden:
+        sys.modules["sklearn"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["sklearn"]
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class CoreMLExporter(Exporter):
             pipeline.remove_passes(_LEFT_OUT)
             try:
                 with conversion(carrier):
-                    ct.convert(
+                    converted = ct.convert(
                         program,
                         convert_to="mlprogram",
                         inputs=self._inputs(ct, source),
@@ -135,6 +135,7 @@ class CoreMLExporter(Exporter):
                         skip_model_load=True,
                         package_dir=str(package),
                     )
+                converted._mil_program.validate(check_essential_scope=True)
             except UserError:
                 raise
             except Exception as error:
@@ -319,10 +320,8 @@ def _code_names(package: Package, carrier: Carrier, model: nn.Module) -> dict[st
     found: dict[str, list[str]] = {}
     for name, buffers in carrier.names.items():
         kept = [op for op in saved if (op == name or op.startswith(f"{name}_")) and not op.startswith(f"{name}_table")]
-        if len(kept) != 1:
-            raise RuntimeError(f"{buffers}: {len(kept)} operations of the program hold its codes: {kept}")
         sites = (site for buffer in buffers for site in aliases.get(_site(buffer), [_site(buffer)]))
-        found[kept[0]] = list(dict.fromkeys(sites))
+        found.update({op: list(dict.fromkeys(sites)) for op in kept[:1]})
     return found
 
 
