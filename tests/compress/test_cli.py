@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +229,13 @@ def test_a_narrow_terminal_cuts_no_figure() -> None:
     for text in (narrow.export_text(), wide.export_text()):
         assert all(f"0.{number}234567 [0.1, 0.2]" in text for number in range(7))
         assert "figure 0" in text
+
+
+def test_a_terminal_without_unicode_is_served() -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment.pop("PYTHONIOENCODING", None)
+    for arguments in (["inspect", "quickstart"], ["--help"]):
+        command = [sys.executable, "-m", "compress.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode("ascii")
