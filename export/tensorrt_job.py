@@ -58,6 +58,10 @@ _HINTS = (
         "TensorRT takes integer weights only directly before DequantizeLinear.",
     ),
     (
+        r"must have same input types",
+        "The graph mixes float16 and float32 here, a defect of this exporter; `precision: float32` avoids it.",
+    ),
+    (
         r"Attention operation was not supported",
         "Lower the opset below 23, so that attention is written as matrix products.",
     ),
@@ -155,7 +159,7 @@ def _ended(code: int, stderr: str) -> dict[str, Any]:
 def _refused(builder: str, answer: Mapping[str, Any]) -> UserError:
     errors = [line.strip() for text in answer["errors"] for line in text.splitlines() if line.strip()]
     telling = [line for line in errors if not line.startswith("Invalid Node")] or errors or ["it gave no reason"]
-    first, whole = _plain(telling[0]), "\n".join(errors)
+    first = _plain(telling[0])
     if answer["stage"] == "start" and re.match(r"(ModuleNotFound|Import)Error", first):
         install = f"pip install 'transformer-compress[{builder}]'"
         return MissingRuntime("export.tensorrt", f"{product(builder)} cannot be loaded: {first}", install)
@@ -163,7 +167,9 @@ def _refused(builder: str, answer: Mapping[str, Any]) -> UserError:
         hint = "Take one that this version of the builder knows, or leave compute_capabilities empty."
         return UserError("export.tensorrt.compute_capabilities", f"{product(builder)}: {first}", hint)
     place = answer["node"] or "export.tensorrt"
-    hint = hint_for(whole) or "The builder refuses this graph; leave the layer in float, or write another format."
+    # What follows the first line is often a consequence of it: a failed parse is followed by a CUDA error without a GPU.
+    hint = next((known for known in map(hint_for, telling) if known), "")
+    hint = hint or "The builder refuses this graph; leave the layer in float, or write another format."
     return UserError(place, f"{product(builder)} cannot build this model: {first}", hint)
 
 

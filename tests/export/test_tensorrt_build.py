@@ -154,6 +154,14 @@ def test_the_builder_process_loads_nothing_but_the_standard_library_and_its_own(
     assert names <= sys.stdlib_module_names
 
 
+def test_the_first_line_with_a_known_cause_decides_the_hint() -> None:
+    errors = ["Invalid Node - a\nX: a: Operation PROD must have same input types. But they are Float and Half.", "cudaError 35"]
+    refused = tensorrt_job._refused("tensorrt-rtx", {"stage": "parse", "node": "a (Mul)", "errors": errors})
+    assert refused.where == "a (Mul)"
+    assert "same input types" in refused.what
+    assert "precision: float32" in refused.hint
+
+
 def test_unknown_errors_have_none() -> None:
     assert hint_for("something new") == ""
 
