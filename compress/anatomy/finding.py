@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -17,11 +15,13 @@ from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature
 from compress.anatomy.attention import Attention, find_attention
 from compress.anatomy.feedforward import FeedForward, find_feedforward
-from compress.anatomy.flow import CONVOLUTIONS, PRODUCTS, Flow, Weight
+from compress.anatomy.flops import flops_of, product_flops
+from compress.anatomy.flow import Flow, Weight
 from compress.anatomy.grouping import Unit, container_of, group, units, within
 from compress.anatomy.ledger import Ledger
 from compress.anatomy.named import layers, must_name, named_blocks, resolve
 from compress.anatomy.parts import ROLES, Anatomy, Block, Kind, Site
+from compress.anatomy.placing import place_rest
 from export.graph import Traceable
 
 __all__ = ["find"]
@@ -41,7 +41,7 @@ class _Draft:
 
 
 @dataclass
-class _Draught:
+class _Reading:
     """What was read from a graph: drafts of sites by path, units by block, the joins, and FLOPs of products by module."""
 
     sites: dict[str, _Draft] = field(default_factory=dict)
@@ -68,21 +68,21 @@ def find(
         UserError: the model cannot be traced and no roles are named; a role or pattern of ``roles`` does not exist.
     """
     try:
-        draught = _read(_trace(model, signature, example), model)
+        reading = _read(_trace(model, signature, example), model)
     except _Untraced as failure:
         if not roles:
             raise must_name(str(failure)) from failure.__cause__
-        draught = _Draught()
-    called = {id(model.get_submodule(path)) for path, site in draught.sites.items() if site.whole}
+        reading = _Reading()
+    called = {id(model.get_submodule(path)) for path, site in reading.sites.items() if site.whole}
     for path, kind in layers(model).items():
-        if path not in draught.sites and id(model.get_submodule(path)) not in called:
-            draught.sites[path] = _Draft(kind, roles=_obvious(kind, _tensors(model, path) & draught.read))
-    given = resolve(roles or {}, list(draught.sites))
+        if path not in reading.sites and id(model.get_submodule(path)) not in called:
+            reading.sites[path] = _Draft(kind, roles=_obvious(kind, _tensors(model, path) & reading.read))
+    given = resolve(roles or {}, list(reading.sites))
     for path, named in given.items():
-        draught.sites[path].roles = set(named)
-    for path in named_blocks(model, given, list(draught.blocks)):
-        draught.blocks[path] = []
-    return _assemble(model, draught, given)
+        reading.sites[path].roles = set(named)
+    for path in named_blocks(model, given, list(reading.blocks)):
+        reading.blocks[path] = []
+    return _assemble(model, reading, given)
 
 
 def _tensors(model: nn.Module, path: str) -> set[int]:
@@ -124,31 +124,32 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Draught:
+def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Reading:
     flow = Flow(program, model, _ROWS)
     attentions, joins = find_attention(flow)
     taken = {index for attention in attentions for index in attention.projections}
     feedforwards = find_feedforward(flow, joins, {attention.core[-1] for attention in attentions}, taken)
     blocks = _blocks(flow, attentions, feedforwards, joins)
-    draught = _Draught(blocks=blocks, joins=len(joins))
+    reading = _Reading(blocks=blocks, joins=len(joins))
     kept = [unit.part for inside in blocks.values() for unit in inside]
     for index, weight in sorted((flow.projections | flow.tables).items()):
-        site = draught.sites.setdefault(weight.path, _Draft(_kind(weight), weight.shape, whole=weight.whole))
-        site.flops += _flops(flow, index) // _ROWS if index in flow.projections else 0
+        site = reading.sites.setdefault(weight.path, _Draft(_kind(weight), weight.shape, whole=weight.whole))
+        site.flops += flops_of(flow, index) // _ROWS if index in flow.projections else 0
     parts: list[Attention | FeedForward] = [*attentions, *(part for part in feedforwards if _among(part, kept, flow))]
     for part in parts:
         for role, indices in part.roles.items():
             for index in indices:
-                draught.sites[flow.projections[index].path].roles.add(role)
-    _place_rest(flow, draught, joins, attentions)
+                reading.sites[flow.projections[index].path].roles.add(role)
+    roles = {path: site.roles for path, site in reading.sites.items()}
+    place_rest(flow, roles, reading.blocks, joins, [attention.core[-1] for attention in attentions])
     for path in flow.norms.values():
         if path:
             shape = _vector_shape(model.get_submodule(path))
-            draught.sites.setdefault(path, _Draft("norm", shape)).roles.add("norm")
-    draught.product_flops = _product_flops(flow, attentions)
+            reading.sites.setdefault(path, _Draft("norm", shape)).roles.add("norm")
+    reading.product_flops = product_flops(flow, attentions, _ROWS)
     named = dict(model.named_parameters(remove_duplicate=False))
-    draught.read = {id(named.get(str(step.tensor))) for step in flow.steps if step.tensor and step.users}
-    return draught
+    reading.read = {id(named.get(str(step.tensor))) for step in flow.steps if step.tensor and step.users}
+    return reading
 
 
 def _blocks(
@@ -177,64 +178,9 @@ def _among(part: FeedForward, kept: list[Attention | FeedForward], flow: Flow) -
     )
 
 
-def _place_rest(flow: Flow, draught: _Draught, joins: set[int], attentions: list[Attention]) -> None:
-    """Embeddings, head and convolutions: by where they lie between inputs, blocks and output."""
-    placed = {path for path, site in draught.sites.items() if site.roles}
-    work = sum(1 << i for i, weight in flow.projections.items() if weight.path in placed)
-    work |= sum(1 << attention.core[-1] for attention in attentions)
-    last = _last_projections(flow, joins)
-    output = flow.steps[-1].index
-    guesses: dict[str, str] = {}
-    for index, weight in flow.projections.items():
-        site = draught.sites[weight.path]
-        if weight.path in placed or not flow.steps[index].live or any(within(weight.path, b) for b in draught.blocks):
-            continue
-        before, after = flow.before[index], flow.after[index]
-        convolution = flow.steps[index].op in CONVOLUTIONS
-        reads_input = not before & flow.projection_bits & _live_bits(flow) and not _reads_table(flow, index)
-        if index in last and (before & work or not work):
-            site.roles.add("head")
-        elif reads_input and after & work:
-            site.roles.add("embedding")
-        elif not convolution and not before & work and after & work:
-            guesses[weight.path] = "embedding"
-        elif not convolution and before & work and not after & work and after >> output & 1:
-            guesses[weight.path] = "head"
-    _place_alike(flow, draught, guesses)
-    for index, weight in flow.projections.items():
-        site = draught.sites[weight.path]
-        if not site.roles:
-            site.roles.add("conv" if flow.steps[index].op in CONVOLUTIONS else "linear")
-    for weight in flow.tables.values():
-        draught.sites[weight.path].roles.add("embedding")
 
 
-def _place_alike(flow: Flow, draught: _Draught, guesses: dict[str, str]) -> None:
-    """Guesses by place hold unless a layer of the same name in another entry of a list lies elsewhere (between blocks)."""
-    alike: dict[str, set[str]] = {}
-    for weight in flow.projections.values():
-        roles = draught.sites[weight.path].roles or {guesses.get(weight.path, "")}
-        alike.setdefault(re.sub(r"\b\d+\b", "*", weight.path), set()).update(roles)
-    for path, role in guesses.items():
-        if alike[re.sub(r"\b\d+\b", "*", path)] == {role}:
-            draught.sites[path].roles.add(role)
 
-
-def _live_bits(flow: Flow) -> int:
-    return sum((1 << index for index in flow.projections if flow.steps[index].live), 0)
-
-
-def _reads_table(flow: Flow, index: int) -> bool:
-    return any(flow.before[index] >> table & 1 for table in flow.tables)
-
-
-def _last_projections(flow: Flow, joins: set[int]) -> list[int]:
-    """The projections that reach the output without a residual join after them."""
-
-    def stop(index: int) -> bool:
-        return index in joins or index in flow.projections or index in flow.products
-
-    return [index for index in flow.backward(flow.steps[-1].index, stop) if index in flow.projections]
 
 
 def _kind(weight: Weight) -> Kind:
@@ -246,45 +192,15 @@ def _vector_shape(module: nn.Module) -> tuple[int, ...]:
     return next((tuple(p.shape) for p in module._parameters.values() if p is not None), ())
 
 
-def _flops(flow: Flow, index: int) -> int:
-    """2 * multiply-accumulates of one step, over the whole traced batch."""
-    step = flow.steps[index]
-    if step.op == "scaled_dot_product_attention":
-        query, key, value = (flow.steps[argument.index].shape for argument in step.arguments[:3])
-        return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
-    if step.op == "einsum":
-        given = step.arguments[0].replace(" ", "").partition("->")[0].split(",")
-        sizes: dict[str, int] = {}
-        for letters, operand in zip(given, flow.operands(index), strict=True):
-            sizes |= dict(zip(letters, flow.steps[operand].shape, strict=False))
-        return 2 * math.prod(sizes.values())
-    if step.op in PRODUCTS:
-        return 2 * math.prod(step.shape) * flow.steps[flow.operands(index)[0]].shape[-1]
-    if index not in flow.projections:
-        return 0
-    return 2 * math.prod(step.shape) * math.prod(flow.projections[index].shape[1:])
 
 
-def _product_flops(flow: Flow, attentions: list[Attention]) -> list[tuple[str, int]]:
-    """FLOPs of one row of the products of two computed values, with the layer that they serve or the module they are in."""
-    serves = {
-        index: flow.projections[attention.projections[-1]].path
-        for attention in attentions
-        if attention.projections
-        for index in attention.core
-    }
-    cores = {attention.core[-1] for attention in attentions}
-    steps = {index for index in flow.products if flow.steps[index].live} | cores
-    return [(serves.get(index, flow.steps[index].path), _flops(flow, index) // _ROWS) for index in sorted(steps)]
-
-
-def _assemble(model: nn.Module, draught: _Draught, given: Mapping[str, Any]) -> Anatomy:
-    generic = {path for path, site in draught.sites.items() if site.roles <= {"linear"} and site.kind != "norm"}
-    ledger = Ledger(model, draught.sites)
-    paths = list(draught.blocks)
+def _assemble(model: nn.Module, reading: _Reading, given: Mapping[str, Any]) -> Anatomy:
+    generic = {path for path, site in reading.sites.items() if site.roles <= {"linear"} and site.kind != "norm"}
+    ledger = Ledger(model, reading.sites)
+    paths = list(reading.blocks)
     sites = []
     for path, entry in ledger.entries.items():
-        draft = draught.sites.get(path) or _Draft("other", tuple(model.state_dict(keep_vars=True)[path].shape))
+        draft = reading.sites.get(path) or _Draft("other", tuple(model.state_dict(keep_vars=True)[path].shape))
         if path in generic and not draft.roles:
             draft.roles = {"embedding" if draft.kind == "embedding" else "conv" if draft.kind == "conv2d" else "linear"}
         shape = draft.shape or _weight_shape(model.get_submodule(path))
@@ -293,11 +209,11 @@ def _assemble(model: nn.Module, draught: _Draught, given: Mapping[str, Any]) -> 
         stored = (entry.parameters, draft.flops, entry.bytes)
         tied = (entry.tied, entry.tied_parameters, entry.tied_bytes)
         sites.append(Site(path, ordered, draft.kind, block, shape, *stored, *tied))
-    loose, inside = _split_flops(draught.product_flops, paths)
-    blocks = [_block(model, index, path, draught.blocks[path], sites, inside[index]) for index, path in enumerate(paths)]
+    loose, inside = _split_flops(reading.product_flops, paths)
+    blocks = [_block(model, index, path, reading.blocks[path], sites, inside[index]) for index, path in enumerate(paths)]
     unplaced = [path for path in ledger.entries if path in generic]
     return Anatomy(
-        type(model).__name__, tuple(sites), tuple(blocks), draught.joins, tuple(unplaced), loose, tuple(given)
+        type(model).__name__, tuple(sites), tuple(blocks), reading.joins, tuple(unplaced), loose, tuple(given)
     )
 
 
