@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +13,26 @@ from torch import Tensor, nn
 
 from calibrate.errors import UserError
 from calibrate.signature import Batch, Output, Signature, TensorSpec
+from compress.huggingface_folder import (
+    Tokenizer,
+    check_pooling,
+    find_folder,
+    line,
+    quiet,
+    read_config,
+    read_tokenizer,
+    weight_files,
+)
 from compress.image_settings import hf_preprocessing
-from compress.sources import Source, check_finite, digest_files, nearest, need, random_images
+from compress.sources import Source, check_finite, digest_files, need, random_images
 
-__all__ = ["Tokenizer", "load_hf", "rebuild_hf"]
+__all__ = ["load_hf", "rebuild_hf"]
 
 _SMALL_FILES = (
     "config.json", "preprocessor_config.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model",
-"spiece.model",
-                    "sentencepiece.bpe.model")  # fmt: skip
 _SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
     "A model that was never measured is a rumour.",
@@ -38,45 +41,15 @@ _SENTENCES = (
 )
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """A model's own tokenizer, as the data needs it.
-
-    Attributes:
-        raw: the tokenizer of transformers.
-        names: the model inputs that it makes (``input_ids``, ``attention_mask`` ...).
-        fingerprint: SHA-256 over its files.
-    """
-
-    raw: Any
-    names: tuple[str, ...]
-    fingerprint: str
-
-    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int) -> tuple[Batch, list[bool]]:
-        """Named int64 tensors [B, tokens], padded or cut to ``tokens``, and for each text whether it was cut."""
-        second = {} if pairs is None else {"text_pair": list(pairs)}
-        encoded = self.raw(list(texts), **second, padding="max_length", truncation=True, max_length=tokens)
-        batch = {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.names}
-        if encoded.encodings:
-            return batch, [bool(encoding.overflowing) for encoding in encoded.encodings]
-        whole = self.raw(list(texts), **second, padding=False, truncation=False)["input_ids"]
-        return batch, [len(ids) > tokens for ids in whole]
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a running text, without special tokens."""
-        ids: list[int] = self.raw(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-
 def load_hf(name: str, base: Path, task: str) -> Source:
     """The model in a folder (or of a hub id); see ``compress.sources.load_model``."""
     transformers = need("transformers", "hf")
-    folder = _folder(name, base)
-    weights = _weight_files(folder)
-    with _quiet(transformers):
-        config = _config(transformers, folder)
+    folder = find_folder(name, base)
+    weights = weight_files(folder)
+    with quiet(transformers):
+        config = read_config(transformers, folder)
         model_class, output, found = _what(transformers, config, folder, task)
-        tokenizer = _tokenizer(transformers, folder)
+        tokenizer = read_tokenizer(transformers, folder)
         settings = _settings(model_class, config, output, tokenizer)
         model = _load(model_class, config, folder, settings)
     check_finite(model, str(folder))
@@ -106,8 +79,8 @@ def load_hf(name: str, base: Path, task: str) -> Source:
 def rebuild_hf(rebuild: dict[str, Any], folder: Path) -> nn.Module:
     """The architecture from ``folder/source/config.json``; weights are not read and not initialised."""
     transformers = need("transformers", "hf")
-    with _quiet(transformers):
-        config = _config(transformers, folder / "source")
+    with quiet(transformers):
+        config = read_config(transformers, folder / "source")
         settings = {key: value for key, value in rebuild.items() if key not in ("kind", "class")}
         model_class = getattr(transformers, rebuild["class"], None)
         if model_class is None:
@@ -118,72 +91,6 @@ def rebuild_hf(rebuild: dict[str, Any], folder: Path) -> nn.Module:
                 config, attn_implementation=settings["attention"], dtype=torch.float32, **settings["arguments"]
             )
     return model.eval().requires_grad_(False)
-
-
-def _folder(name: str, base: Path) -> Path:
-    path = Path(name).expanduser()
-    folder = path if path.is_absolute() else base / path
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"hf:{name}", "is a file, not a folder", "Name the folder that holds config.json and model.safetensors.")
-    near = nearest(folder.name, [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else [])
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(
-            f"hf:{name}", "there is no such folder", near if folder.parent.is_dir() else f"No {folder.parent} either."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except Exception as error:  # the hub's own errors, the network's, and invalid ids
-        reason = f"no such folder here, and the hub did not give it ({type(error).__name__})"
-        raise UserError(f"hf:{name}", reason, f"Folders are looked for from {base}. {near}") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    from safetensors import SafetensorError, safe_open
-
-    if not (folder / "config.json").is_file():
-        raise UserError(str(folder), "holds no config.json", "Name the folder that model.save_pretrained wrote.")
-    weights = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if not (folder / "model.safetensors").is_file() and not index.is_file():
-        if pickled := sorted(folder.glob("*.bin")):
-            hint = "Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
-            raise UserError(str(folder), f"its weights are a pickle ({pickled[0].name}), which is not read", hint)
-        raise UserError(str(folder), "holds no model.safetensors", "Name the folder that model.save_pretrained wrote.")
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if missing := [file for file in named if not (folder / file).is_file()]:
-            raise UserError(str(folder), f"{missing[0]} is missing", "Its index names it; copy or download it again.")
-        weights = [folder / file for file in named]
-    elif (folder / "model.safetensors").is_file():
-        weights = [folder / "model.safetensors"]
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again.") from None
-    return weights
-
-
-def _config(transformers: Any, folder: Path) -> Any:
-    path = folder / "config.json"
-    try:
-        plain = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", "Copy or download it again.") from None
-    kind = plain.get("model_type")
-    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    if kind not in known:
-        what = "runs its own code, which is not trusted" if "auto_map" in plain else f"has the unknown model_type {kind!r}"
-        raise UserError(str(path), what, nearest(str(kind), known) if kind else "model_type is missing.")
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(str(path), f"is not a valid configuration: {_line(error)}", "") from None
 
 
 def _what(transformers: Any, config: Any, folder: Path, task: str) -> tuple[Any, Output, str]:
@@ -208,7 +115,7 @@ def _what(transformers: Any, config: Any, folder: Path, task: str) -> tuple[Any,
             raise UserError("model.task", f"{name} does {found[1]}, not {task}", f"Give task: {found[1]}, or auto.")
         return _class(transformers, name, where), *found
     if sentences:
-        _check_pooling(folder)
+        check_pooling(folder)
         return _base_class(transformers, config, where), "mean_pooling", "sentence-embedding"
     if task in ("auto", "features"):
         if name.endswith("ForMaskedLM"):
@@ -234,35 +141,6 @@ def _base_class(transformers: Any, config: Any, where: str) -> Any:
     if isinstance(name, list | tuple):
         name = name[0]
     return _class(transformers, name or f"model for {config.model_type}", where)
-
-
-def _check_pooling(folder: Path) -> None:
-    pooling = folder / "1_Pooling" / "config.json"
-    if pooling.is_file():
-        modes = [key for key, on in json.loads(pooling.read_text()).items() if key.startswith("pooling_mode_") and on is True]
-        if modes != ["pooling_mode_mean_tokens"]:
-            hint = "Mean pooling is supported; give task: features for the token states themselves."
-            raise UserError(str(pooling), f"pools by {', '.join(modes) or 'nothing'}", hint)
-    modules = folder / "modules.json"
-    if modules.is_file():
-        kinds = [module["type"].rpartition(".")[2] for module in json.loads(modules.read_text())]
-        if extra := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
-            raise UserError(str(modules), f"has the layer {extra[0]} after the transformer", "It is not supported.")
-
-
-def _tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
-    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not present:
-        return None
-    try:
-        raw = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise bare exceptions for damaged files
-        raise UserError(str(folder), f"its tokenizer cannot be read: {_line(error)}", "Copy its files again.") from None
-    if raw.pad_token is None:
-        raw.pad_token = raw.eos_token or raw.unk_token
-    names = ("input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in raw.model_input_names else []))
-    whole = hashlib.sha256(digest_files(present).encode())
-    return Tokenizer(raw, names, whole.hexdigest())
 
 
 def _settings(model_class: Any, config: Any, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -297,7 +175,7 @@ def _load(model_class: Any, config: Any, folder: Path, settings: dict[str, Any])
             **settings["arguments"],
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(str(folder), f"{model_class.__name__} cannot be loaded: {_line(error)}", "") from None
+        raise UserError(str(folder), f"{model_class.__name__} cannot be loaded: {line(error)}", "") from None
     if absent := sorted(found["missing_keys"]):
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         hint = "The file does not fit config.json, or the model was not trained for this task."
@@ -345,7 +223,7 @@ def _try(model: nn.Module, signature: Signature, example: Callable[[], Batch], n
         with torch.inference_mode():
             signature.call(model, {key: value[:1] for key, value in example().items()})
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        what = f"{type(model).__name__} does not run on {', '.join(signature.names)} ({_line(error)})"
+        what = f"{type(model).__name__} does not run on {', '.join(signature.names)} ({line(error)})"
         raise UserError(f"hf:{name}", what, "Wrap it in a function of yours: model: file.py:function.") from None
 
 
@@ -374,29 +252,8 @@ def _random_text(config: Any, signature: Signature) -> Batch:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No warnings, logs or bars; what must be said is said by errors and notes."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
 def _no_initialisation() -> Iterator[None]:
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
         yield
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")[:200]

@@ -19,7 +19,7 @@ from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import Batch, Signature, TensorSpec
 
 if TYPE_CHECKING:
-    from compress.huggingface import Tokenizer
+    from compress.huggingface_folder import Tokenizer
 
 __all__ = ["Source", "Task", "load_model", "rebuild_model"]
 

@@ -18,7 +18,7 @@ from calibrate.errors import UserError
 from calibrate.metrics import Estimate
 from calibrate.signature import Signature, TensorSpec
 from compress.datasets import Data, load_data
-from compress.huggingface import Tokenizer
+from compress.huggingface_folder import Tokenizer
 from compress.recipe import Recipe, parse_recipe
 from compress.sources import Source, load_model
 
@@ -330,7 +330,7 @@ def judged(data: Data, found: Source, labels: Callable[[Tensor], Tensor] = lambd
             | {
                 "tokens": 64,
                 "calibration": {"path": "data/sst2/train.tsv", "rows": 16},
-                "evaluation": {"path": "data/sst2/dev.tsv", "rows": 96},
+                "evaluation": {"path": "data/sst2/dev.tsv", "rows": 160},
             },
             0.874,
         ),

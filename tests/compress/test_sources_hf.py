@@ -202,7 +202,7 @@ def test_sentence_encoders_pool_by_the_mean(tmp_path: Path) -> None:
     rebuilt = rebuild_model(source.rebuild, tmp_path / "run")
     rebuilt.load_state_dict(source.model.state_dict())
     pooling.write_text(json.dumps({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}))
-    with pytest.raises(UserError, match="pools by pooling_mode_cls_token"):
+    with pytest.raises(UserError, match="pools by cls_token"):
         load_model("hf:encoder", base=tmp_path)
     shutil.rmtree(folder / "1_Pooling")
     (folder / "modules.json").write_text(json.dumps([{"type": kind} for kind in [*kinds, "x.models.Dense"]]))

@@ -1,0 +1,198 @@
+"""What lies in a Hugging Face folder: configuration, weights, tokenizer; read with care and refused with reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibrate.errors import UserError
+from calibrate.signature import Batch
+from compress.sources import digest_files, nearest
+
+__all__ = ["Tokenizer", "check_pooling", "find_folder", "line", "quiet", "read_config", "read_tokenizer", "weight_files"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's own tokenizer, as the data needs it.
+
+    Attributes:
+        raw: the tokenizer of transformers.
+        names: the model inputs that it makes (``input_ids``, ``attention_mask`` ...).
+        fingerprint: SHA-256 over its files.
+    """
+
+    raw: Any
+    names: tuple[str, ...]
+    fingerprint: str
+
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, tokens: int) -> tuple[Batch, list[bool]]:
+        """Named int64 tensors [B, tokens], padded or cut to ``tokens``, and for each text whether it was cut."""
+        second = {} if pairs is None else {"text_pair": list(pairs)}
+        encoded = self.raw(list(texts), **second, padding="max_length", truncation=True, max_length=tokens)
+        batch = {name: torch.tensor(encoded[name], dtype=torch.int64) for name in self.names}
+        if encoded.encodings:
+            return batch, [bool(encoding.overflowing) for encoding in encoded.encodings]
+        whole = self.raw(list(texts), **second, padding=False, truncation=False)["input_ids"]
+        return batch, [len(ids) > tokens for ids in whole]
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a running text, without special tokens."""
+        ids: list[int] = self.raw(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+def find_folder(name: str, base: Path) -> Path:
+    """The folder that ``hf:name`` means: one here (relative to ``base``), or what the hub has under that id.
+
+    Raises:
+        UserError: neither; names the nearest folder.
+    """
+    path = Path(name).expanduser()
+    folder = path if path.is_absolute() else base / path
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"hf:{name}", "is a file, not a folder", "Name the folder that holds config.json and model.safetensors.")
+    near = nearest(folder.name, [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else [])
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise UserError(
+            f"hf:{name}", "there is no such folder", near if folder.parent.is_dir() else f"No {folder.parent} either."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub's own errors, the network's, and invalid ids
+        reason = f"no such folder here, and the hub did not give it ({type(error).__name__})"
+        raise UserError(f"hf:{name}", reason, f"Folders are looked for from {base}. {near}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, each opened once to see that it is whole.
+
+    Raises:
+        UserError: no configuration, no safetensors (a pickle is refused), a part missing, a damaged file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not (folder / "config.json").is_file():
+        raise UserError(str(folder), "holds no config.json", "Name the folder that model.save_pretrained wrote.")
+    if single.is_file():
+        weights = [single]
+    elif index.is_file():
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [file for file in named if not (folder / file).is_file()]:
+            raise UserError(str(folder), f"{missing[0]} is missing", "Its index names it; copy or download it again.")
+        weights = [folder / file for file in named]
+    elif pickled := sorted(folder.glob("*.bin")):
+        hint = "Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
+        raise UserError(str(folder), f"its weights are a pickle ({pickled[0].name}), which is not read", hint)
+    else:
+        raise UserError(str(folder), "holds no model.safetensors", "Name the folder that model.save_pretrained wrote.")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again.") from None
+    return weights
+
+
+def read_config(transformers: Any, folder: Path) -> Any:
+    """The configuration; one that needs code of its own is refused.
+
+    Raises:
+        UserError: not JSON, an unknown ``model_type``, or values that its class refuses.
+    """
+    path = folder / "config.json"
+    try:
+        plain = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", "Copy or download it again.") from None
+    kind = plain.get("model_type")
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if kind not in known:
+        what = "runs its own code, which is not trusted" if "auto_map" in plain else f"has the unknown model_type {kind!r}"
+        raise UserError(str(path), what, nearest(str(kind), known) if kind else "model_type is missing.")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(str(path), f"is not a valid configuration: {line(error)}", "") from None
+
+
+def read_tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
+    """The tokenizer; None where the folder has none. One without a padding token pads with its end token (masked).
+
+    Raises:
+        UserError: its files cannot be read.
+    """
+    present = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not present:
+        return None
+    try:
+        raw = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare exceptions for damaged files
+        raise UserError(str(folder), f"its tokenizer cannot be read: {line(error)}", "Copy its files again.") from None
+    if raw.pad_token is None:
+        raw.pad_token = raw.eos_token or raw.unk_token
+    names = ("input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in raw.model_input_names else []))
+    whole = hashlib.sha256(digest_files(present).encode())
+    return Tokenizer(raw, names, whole.hexdigest())
+
+
+def check_pooling(folder: Path) -> None:
+    """Refuses sentence encoders that do anything but pool by the mean after the transformer.
+
+    Raises:
+        UserError: names the pooling, or the further layer.
+    """
+    pooling = folder / "1_Pooling" / "config.json"
+    if pooling.is_file():
+        said = json.loads(pooling.read_text())
+        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
+        modes = modes or [str(said.get("pooling_mode", "nothing"))]
+        if modes not in (["mean_tokens"], ["mean"]):
+            hint = "Mean pooling is supported; give task: features for the token states themselves."
+            raise UserError(str(pooling), f"pools by {', '.join(modes)}", hint)
+    modules = folder / "modules.json"
+    if modules.is_file():
+        kinds = [module["type"].rpartition(".")[2] for module in json.loads(modules.read_text())]
+        if extra := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+            raise UserError(str(modules), f"has the layer {extra[0]} after the transformer", "It is not supported.")
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """No warnings, logs or bars; what must be said is said by errors and notes."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0].rstrip(".")[:200]
