@@ -112,7 +112,7 @@ class RangeObserver(Observer):
         """
 
     def clipped(self, low: float, high: float) -> float:
-        """The fraction of the observed values outside ``[low, high]``, to one histogram bin."""
+        """The fraction of the observed values outside ``[low, high]``, but for those in the bins of its two ends."""
         return 0.0 if low <= self.low and high >= self.high else math.nan
 
     def _extremes(self) -> tuple[float, float]:
@@ -219,7 +219,9 @@ class _Counted(RangeObserver):
 
     def clipped(self, low: float, high: float) -> float:
         centres, counts = self.histogram.occupied()
-        return float(counts[(centres < low) | (centres > high)].sum() / counts.sum().clamp(min=1e-300))
+        half = self.histogram.width / 2
+        outside = (centres + half <= low) | (centres - half >= high)
+        return float(counts[outside].sum() / counts.sum())
 
 
 class MovingAverage(_Counted):

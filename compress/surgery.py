@@ -56,6 +56,7 @@ class Surgery:
         parent, name = parent_of(model, path)
         kept = [children[index] for index in indices]
         container = nn.Sequential(*kept) if isinstance(model.get_submodule(path), nn.Sequential) else nn.ModuleList(kept)
+        container.training = parent.training
         setattr(parent, name, container)
         self.edits.append(Edit("keep", path, config={"indices": indices}))
 

@@ -167,7 +167,7 @@ class Quantize(Pass):
         else:
             chosen = {site.path for site in anatomy.select(self.sites, self.name) if site.kind != "norm"}
         if self.embeddings is not None:
-            chosen |= {site.path for site in anatomy.sites if site.kind == "embedding" or "embedding" in site.roles}
+            chosen |= {site.path for site in anatomy.sites if site.kind == "embedding" or _is_table(site)}
         return chosen
 
     def _grid(self, model: nn.Module, site: Site) -> Grid:
@@ -422,6 +422,11 @@ def _correct_bias(layer: QuantizedLayer, weight: Tensor, channels: Channels) -> 
         shift = error @ mean
     layer.bias += shift
     return float(shift.abs().max())
+
+
+def _is_table(site: Site) -> bool:
+    """Whether a site is a table that is a parameter of its own, as position embeddings of vision transformers are."""
+    return site.kind == "other" and "embedding" in site.roles
 
 
 def _divisors_near(number: int, wanted: int) -> list[int]:

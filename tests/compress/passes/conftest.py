@@ -1,0 +1,6 @@
+"""Lets the tests of passes use the small models of all families."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
