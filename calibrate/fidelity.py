@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "Fidelity", "agreement", "cosine", "max_error", "sqnr_db"]
+__all__ = ["Estimate", "Fidelity", "agreement", "cosine", "max_error", "sqnr_db", "wilson"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,20 @@ from calibrate.signature import Batch, Signature, TensorSpec
 if TYPE_CHECKING:
     from compress.huggingface_folder import Tokenizer
 
-__all__ = ["Source", "Task", "load_model", "rebuild_model"]
+__all__ = [
+    "Source",
+    "Task",
+    "check_finite",
+    "digest_files",
+    "digest_tensors",
+    "load_model",
+    "nearest",
+    "need",
+    "random_images",
+    "read_weights",
+    "rebuild_model",
+    "settle_torchvision",
+]
 
 Task = Literal["image-classification", "text-classification", "sentence-embedding", "causal-lm", "features"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DigitsViT"]
+__all__ = ["Attention", "Block", "DigitsViT", "Mlp"]
 
 
 class Attention(nn.Module):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from compress.embedded.digits_vit import DigitsViT
 
-__all__ = ["make_digits", "train"]
+__all__ = ["augment", "main", "make_digits", "train"]
 
 TEST_ROWS, CALIBRATION_ROWS = 600, 256
 EPOCHS, BATCH, PEAK_RATE = 160, 64, 2e-3
