@@ -36,7 +36,7 @@ from export.graph import Traceable
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-__all__ = ["apply", "check"]
+__all__ = ["Clock", "apply", "check", "prepare"]
 
 
 def apply(

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature
 
-__all__ = ["Traceable"]
+__all__ = ["Traceable", "Untraceable"]
+
+
+class Untraceable(UserError):
+    """torch.export failed; ``reason`` is the first line of what it says."""
+
+    def __init__(self, name: str, error: Exception, dynamic: frozenset[str]) -> None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        self.reason = ": ".join([type(error).__name__, *lines[:1]])
+        hint = "Its forward must not depend on the values of its inputs."
+        if dynamic:
+            hint += f" Or fix the dynamic dimensions ({', '.join(sorted(dynamic))}) of the exporter."
+        super().__init__(name, f"torch.export cannot trace it: {self.reason}", hint)
 
 
 @dataclass
@@ -60,14 +76,33 @@ class Traceable:
             for spec in self.signature.inputs
         }
         bound = self.signature.bind(self.model.eval())
-        with torch.no_grad():
+
+        def export(within: dict[str, dict[int, Any]]) -> ExportedProgram:
+            return torch.export.export(bound, (), self.inputs(rows), dynamic_shapes=within, strict=False)
+
+        # torch.export prints the graph so far when it fails: the message says enough.
+        with torch.no_grad(), _plain_attention(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             try:
-                return torch.export.export(bound, (), self.inputs(rows), dynamic_shapes=shapes, strict=False)
-            except torch._dynamo.exc.UserError as error:
-                bounded = _bounded(str(error), shapes)
-                if bounded is None:
-                    raise
-                return torch.export.export(bound, (), self.inputs(rows), dynamic_shapes=bounded, strict=False)
+                try:
+                    return export(shapes)
+                except torch._dynamo.exc.UserError as error:
+                    bounded = _bounded(str(error), shapes)
+                    if bounded is None:
+                        raise
+                    return export(bounded)
+            except Exception as error:
+                raise Untraceable(self.name, error, dynamic) from error
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without torch's fused encoder layer, which hides its parts."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _bounded(message: str, shapes: dict[str, dict[int, Any]]) -> dict[str, dict[int, Any]] | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from io import StringIO
 from typing import Any
 
 import torch
 from torch import nn
 
-from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature
 from compress.anatomy.attention import Attention, find_attention
 from compress.anatomy.feedforward import FeedForward, find_feedforward
@@ -22,7 +20,7 @@ from compress.anatomy.ledger import Ledger
 from compress.anatomy.named import layers, must_name, named_blocks, resolve
 from compress.anatomy.parts import ROLES, Anatomy, Block, Kind, Site
 from compress.anatomy.placing import place_rest
-from export.graph import Traceable
+from export.graph import Traceable, Untraceable
 
 __all__ = ["find"]
 
@@ -69,9 +67,9 @@ def find(
     """
     try:
         reading = _read(_trace(model, signature, example), model)
-    except _Untraced as failure:
+    except Untraceable as failure:
         if not roles:
-            raise must_name(str(failure)) from failure.__cause__
+            raise must_name(failure.reason) from failure.__cause__
         reading = _Reading()
     called = {id(model.get_submodule(path)) for path, site in reading.sites.items() if site.whole}
     for path, kind in layers(model).items():
@@ -94,32 +92,18 @@ def _obvious(kind: Kind, read: set[int]) -> set[str]:
     return {"norm"} if kind == "norm" else {"embedding"} if kind == "embedding" and read else set()
 
 
-class _Untraced(Exception):
-    """torch.export failed; the message is the first line of its own."""
-
-
 def _trace(model: nn.Module, signature: Signature, example: Batch) -> torch.export.ExportedProgram:
-    # torch.export prints the graph so far when it fails: the message says enough.
-    with _left_as_it_was(model), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        try:
-            return Traceable(model, signature, example).program(batch=_ROWS)
-        except UserError:
-            raise
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise _Untraced(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__) from error
+    with _modes_kept(model):
+        return Traceable(model, signature, example).program(batch=_ROWS)
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Modes of all modules are put back; PyTorch's fused encoder layer, which hides its parts, is off meanwhile."""
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Modes of all modules are put back."""
     modes = [(module, module.training) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
 

@@ -10,7 +10,7 @@ from torch import nn
 from calibrate.errors import UserError
 from compress.anatomy.parts import ROLES, Kind
 
-__all__ = ["kind_of", "layers", "named_blocks", "resolve"]
+__all__ = ["kind_of", "layers", "must_name", "named_blocks", "resolve"]
 
 
 def layers(model: nn.Module) -> dict[str, Kind]:

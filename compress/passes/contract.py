@@ -19,7 +19,7 @@ from compress.surgery import Edit, Surgery
 if TYPE_CHECKING:
     from compress.anatomy import Anatomy
 
-__all__ = ["Context", "Pass", "Target"]
+__all__ = ["Context", "Pass", "Target", "evaluating", "unknown"]
 
 
 @dataclass(frozen=True)
