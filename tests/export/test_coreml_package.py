@@ -110,8 +110,11 @@ def test_the_traced_program_is_left_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in source.program(batch=1).state_dict.items())
 
 
-@pytest.mark.parametrize("shapes", [{"tokens": [2, 16]}, [{"tokens": 16}, {"tokens": 9}]], ids=["range", "list"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [("bert", {"tokens": [2, 16]}), ("llama", {"tokens": [2, 16]}), ("bert", [{"tokens": 16}, {"tokens": 9}])],
+    ids=["bert range", "llama range", "bert list"],
+)
 def test_another_length_runs(name: str, shapes: Any, tmp_path: Path) -> None:
     model, signature, example = family(name)
     exporter = CoreMLExporter(precision="float32", shapes=shapes)
@@ -146,6 +149,7 @@ def test_ranges_and_lists_are_in_the_description(tmp_path: Path) -> None:
         ({"shapes": {"length": [1, 4]}}, "there is no dimension 'length'"),
         ({"shapes": {"tokens": [9, 4]}}, "is empty"),
         ({"shapes": [{"tokens": 4}, {"batch": 4}]}, "same dimensions"),
+        ({"shapes": {"tokens": [4, 99]}}, "the model takes at most 64, not 99"),
         ({"shapes": [{"tokens": 4}, {"tokens": 8}], "target": "iOS17"}, "one input"),
     ],
 )
