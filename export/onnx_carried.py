@@ -104,11 +104,12 @@ def _integers(carried: Carried) -> Tensor:
 def _stored(b: Lowering, carried: Carried, flipped: bool) -> Held:
     """The codes as an initializer in their own width: int8, INT4, or bits in bytes; [O, I], or [I, O] if ``flipped``.
 
-    int8 codes of a convolution keep its shape. A table that is also read by rows stays [V, C] in the file and is turned by a Transpose, which runtimes fold.
+    Codes of a convolution keep its shape. A table that is also read by rows stays [V, C] in the file and is turned by a
+    Transpose, which runtimes fold.
     """
     if flipped and carried.codes.data_ptr() in b.tables and carried.bits == 8:
         return b.transpose(_stored(b, carried, False), [1, 0])
-    shape = carried.matrix[::-1] if flipped else carried.matrix
+    shape = carried.matrix[::-1] if flipped else carried.shape
     order = "IO" if flipped else "OI"
     name = f"{carried.path}.codes"
     if carried.bits == 8:
@@ -154,7 +155,7 @@ def _offset(packed: Tensor, bits: int) -> Tensor:
 def _int8(b: Lowering, carried: Carried, flipped: bool) -> Held:
     """The codes as an int8 value; narrower ones are widened by nodes of constants, which runtimes fold at load."""
     stored = _stored(b, carried, flipped)
-    shape = carried.matrix[::-1] if flipped else carried.matrix
+    shape = carried.matrix[::-1] if flipped else carried.shape
     if carried.bits == 8:
         return stored
     if b.codes[carried.path]["storage"] != "bits":
@@ -190,10 +191,7 @@ def dense(b: Lowering, carried: Carried, flipped: bool = False, folded: bool = F
         return _multiplied(b, carried, flipped)
     unpacked = carried.bits != 8 and b.codes_storage(carried) == "bits"
     codes = _int8(b, carried, flipped) if unpacked else _stored(b, carried, flipped)
-    shape = carried.matrix[::-1] if flipped else carried.matrix
-    if len(carried.shape) != 2 and not flipped:
-        codes, shape = codes if carried.bits == 8 else b.reshape(codes, carried.shape), carried.shape
-    return _scaled(b, carried, codes, shape, flipped)
+    return _scaled(b, carried, codes, codes.shape, flipped)
 
 
 def _scaled(b: Lowering, carried: Carried, codes: Held, shape: Sequence[int], flipped: bool) -> Held:
@@ -375,12 +373,16 @@ def rows(b: Lowering, ids: Held, carried: Carried) -> Held:
         values = b.cast(picked, torch.float32)
     else:
         per_byte = 8 // carried.bits
-        held = _once(b, carried, "rows", lambda: b.packed(
-            lambda: _offset(carried.codes, carried.bits).reshape(table, -1).numpy(), "UINT8", (table, channels // per_byte), name))  # fmt: skip
+
+        def packed() -> np.ndarray[Any, Any]:
+            return _offset(carried.codes, carried.bits).reshape(table, -1).numpy()
+
+        held = _once(b, carried, "rows", lambda: b.packed(packed, "UINT8", (table, channels // per_byte), name))
         stored = _record(b, carried, held, order="OI", storage="bits")
         picked = b.op("Gather", stored, ids, shape=(*ids.shape, channels // per_byte), dtype=torch.uint8, axis=0)
         fields = b.reshape(_fields(b, picked, carried.bits, picked.shape), (*ids.shape, channels))
-        values = b.op("Sub", b.cast(fields, torch.float32), b.constant(float(2 ** (carried.bits - 1))), shape=fields.shape, dtype=torch.float32)
+        half = b.constant(2 ** (carried.bits - 1), torch.int32)
+        values = b.cast(b.op("Sub", fields, half, shape=fields.shape, dtype=torch.int32), torch.float32)
     return b.cast(_row_scales(b, ids, carried, values), b.compute)
 
 

@@ -56,7 +56,7 @@ def write(model: ir.Model, path: Path, limit: int = LIMIT_BYTES) -> list[Path]:
             _header(name, tensor) for name, tensor in zip(names, tensors, strict=True)
         ]  # fmt: skip
         with partial.open("wb") as file:
-            _message(file, model, headers, [None if external else tensor for tensor in tensors])
+            _message(file, model, headers, [None if external and _outside(tensor) else tensor for tensor in tensors])
         if external:
             partial_data.replace(data)
         else:
@@ -113,10 +113,18 @@ def _header(name: str, tensor: Any, location: Mapping[str, str] | None = None) -
     return made
 
 
+def _outside(tensor: Any) -> bool:
+    """Whether external data holds the tensor: shapes and other small constants stay in the model, as runtimes need."""
+    return bool(tensor.nbytes >= 1024)
+
+
 def _external(path: Path, name: str, names: list[str], tensors: list[Any]) -> list[bytes]:
     headers = []
     with path.open("wb") as file:
         for label, tensor in zip(names, tensors, strict=True):
+            if not _outside(tensor):
+                headers.append(_header(label, tensor))
+                continue
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             place = {"location": name, "offset": str(file.tell()), "length": str(tensor.nbytes)}
             file.write(_raw(tensor))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from calibrate.signature import Signature, raw_path
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["LOWERINGS", "Carried", "Dialect", "Dim", "Held", "Lowering", "WIDE", "axis_of", "dim", "functional", "lowers"]
+__all__ = ["LOWERINGS", "WIDE", "Carried", "Dialect", "Dim", "Held", "Lowering", "axis_of", "dim", "functional", "lowers"]
 
+Lowered = TypeVar("Lowered", bound=Callable[..., Any])
 Dialect = Literal["onnxruntime", "portable", "tensorrt"]
 Dim = Any
 """A size: an ``int``, or a sympy expression over the dynamic dimensions."""
@@ -48,10 +49,10 @@ _VIEWS = {"view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze"
           "select", "numpy_T", "expand", "to", "dropout", "lift_fresh_copy", "flatten"}  # fmt: skip
 
 
-def lowers(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def lowers(*names: str) -> Callable[[Lowered], Lowered]:
     """Registers a lowering for ATen overloads; ``name`` alone stands for ``name.default``."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Lowered) -> Lowered:
         for name in names:
             package, _, op = name.rpartition("::")
             op = op if "." in op else f"{op}.default"
@@ -239,8 +240,8 @@ class Lowering:
         assert tensor is not None
         held.dtype = held.dtype if held.exact else self.narrow(held.dtype)
         small = tensor.nbytes <= _SHARED_BYTES
-        tensor = _cast(tensor, held.dtype)
-        identity = tensor.numpy().tobytes() if small else (held.const.data_ptr(), tuple(held.const.stride()))
+        origin, tensor = tensor, _cast(tensor, held.dtype)
+        identity = tensor.numpy().tobytes() if small else (origin.data_ptr(), tuple(origin.stride()))
         key = (identity, tensor.dtype, tuple(tensor.shape))
         if key not in self._constants:
             name = self.unique(held.name or f"{self.path or 'model'}/constant")
@@ -255,6 +256,7 @@ class Lowering:
         if data.is_contiguous():
             made: Any = ir.Tensor(data.numpy(), dtype=kind, shape=shape, name=name)
         else:
+
             def laid_out(data: Tensor = data) -> Any:
                 return ir.Tensor(data.contiguous().numpy(), dtype=kind, shape=shape, name=name)
 
@@ -293,9 +295,7 @@ class Lowering:
             return self._made[key]
         ir = self.ir
         label = self.unique(f"{self.path}/{name or kind}" if self.path else name or kind)
-        node = ir.Node(
-            domain, kind, values, ir.convenience.convert_attributes(attributes), num_outputs=len(outputs), name=label
-        )
+        node = ir.Node(domain, kind, values, ir.convenience.convert_attributes(attributes), num_outputs=len(outputs), name=label)
         for index, output in enumerate(node.outputs):
             output.name = label if len(outputs) == 1 else f"{label}.{index}"
         self.nodes.append(node)
@@ -303,8 +303,8 @@ class Lowering:
         held = []
         for value, (shape, dtype) in zip(node.outputs, outputs, strict=True):
             actual = tuple(self._traced().shape if shape is None else shape)
-            kind = dtype or self.narrow(self._traced().dtype)
-            held.append(Held(tuple(dim(size) for size in actual), kind, value=value))
+            made = dtype or self.narrow(self._traced().dtype)
+            held.append(Held(tuple(dim(size) for size in actual), made, value=value))
         self._made[key] = held
         return held
 
@@ -336,7 +336,7 @@ class Lowering:
 
     def size(self, expression: Dim) -> Held:
         """A size as an int64 tensor of one element; expressions are computed from the shapes of the inputs."""
-        import sympy
+        import sympy  # type: ignore[import-untyped]
 
         if isinstance(expression, int):
             return self.ints(expression)
@@ -414,7 +414,7 @@ class Lowering:
         if moved == sorted(moved):
             return self.reshape(held, shape)
         if (before := self._source(held, "Transpose")) is not None:
-            first = self.of(held).producer().attributes["perm"].as_ints()  # type: ignore[union-attr]
+            first = self.of(held).producer().attributes["perm"].as_ints()
             return self.transpose(before, [first[axis] for axis in order])
         made = self.op("Transpose", held, shape=shape, dtype=held.dtype, perm=list(order))
         made.source = held
@@ -540,11 +540,11 @@ class Lowering:
         if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             self.env[node] = self._inline(node)
             return
-        if name.startswith(("aten._assert", "aten.sym_", "aten._check")) or not _has_tensor(node.meta.get("val")):
-            if node.target is not operator.getitem:
-                return
         if node.target is operator.getitem:
-            self.env[node] = self.env[node.args[0]][node.args[1]]
+            source: Any = node.args[0]
+            self.env[node] = self.env[source][node.args[1]]
+            return
+        if name.startswith(("aten._assert", "aten.sym_", "aten._check")) or not _has_tensor(node.meta.get("val")):
             return
         if _complex(node.meta["val"]):
             raise self.refuse(f"{name} computes complex numbers, which ONNX runtimes do not", "Use a model without them.")
@@ -567,7 +567,9 @@ class Lowering:
 
     def _inline(self, node: fx.Node) -> Any:
         """A traced ``no_grad`` or ``autocast`` region: its graph is walked in place."""
-        at = next(index for index, argument in enumerate(node.args) if isinstance(argument, fx.Node) and argument.op == "get_attr")
+        at = next(
+            index for index, argument in enumerate(node.args) if isinstance(argument, fx.Node) and argument.op == "get_attr"
+        )
         graph = getattr(node.graph.owning_module, str(node.args[at].target)).graph  # type: ignore[union-attr]
         places = [item for item in graph.nodes if item.op == "placeholder"]
         for place, argument in zip(places, node.args[at + 1 :], strict=True):
@@ -611,8 +613,11 @@ class Lowering:
         if op not in _VIEWS and made > max(_FOLD_BYTES, given):
             return None
         with torch.no_grad():
-            known = [fx.node.map_arg(item, self._known) for item in (node.args, node.kwargs)]
-            result = node.target(*known[0], **{key: value for key, value in known[1].items() if key != "device"})  # type: ignore[operator]
+            given_values: Any = fx.node.map_arg(node.args, self._known)
+            options: Any = fx.node.map_arg(node.kwargs, self._known)
+            if op.endswith("_"):
+                given_values = (given_values[0].clone(), *given_values[1:])
+            result = node.target(*given_values, **{key: item for key, item in options.items() if key != "device"})  # type: ignore[operator]
         name = tensors[0].name if op in _VIEWS and tensors else f"{self.path}/{node.name}"
         if isinstance(result, (list, tuple)):
             return [Held(tuple(item.shape), item.dtype, const=item, name=name) for item in result]
@@ -668,9 +673,7 @@ def _tensors(arguments: Iterable[Any]) -> Iterable[Held]:
 def _static(arguments: Iterable[Any]) -> bool:
     import sympy
 
-    return all(
-        _static(item) if isinstance(item, (list, tuple)) else not isinstance(item, sympy.Basic) for item in arguments
-    )
+    return all(_static(item) if isinstance(item, (list, tuple)) else not isinstance(item, sympy.Basic) for item in arguments)
 
 
 def _has_tensor(value: Any) -> bool:

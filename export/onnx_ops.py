@@ -53,7 +53,7 @@ def _number(b: Lowering, item: Any) -> Any:
 
 def _value(b: Lowering, item: Any, dtype: torch.dtype) -> Any:
     """A size that depends on a dynamic dimension, as a tensor; anything else unchanged."""
-    import sympy
+    import sympy  # type: ignore[import-untyped]
 
     if isinstance(item, sympy.Basic):
         return b.cast(b.squeeze(b.size(item)), dtype)
@@ -384,11 +384,11 @@ def _logical(kind: str, bitwise: bool) -> Any:
     def lowering(b: Lowering, x: Any, y: Any) -> Held:
         if bitwise and b.dtype != torch.bool:
             return binary(b, f"Bitwise{kind}", x, y)
-        x, y = _operands(b, torch.bool, x, y)
-        for one, other in ((x, y), (y, x)):
+        operands = _operands(b, torch.bool, x, y)
+        for one, other in (operands, operands[::-1]):
             if kind in ("And", "Or") and one.const is not None and bool((one.const == (kind == "And")).all()):
-                return other
-        return b.op(kind, x, y, shape=broadcast(x.shape, y.shape), dtype=torch.bool)
+                return b.reshape(other, (*[1] * (len(b.shape) - other.rank), *other.shape))
+        return b.op(kind, *operands, shape=broadcast(*(item.shape for item in operands)), dtype=torch.bool)
 
     return lowering
 

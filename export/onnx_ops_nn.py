@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from export import onnx_carried
@@ -188,8 +187,11 @@ def _group_norm(b: Lowering, x: Held, *arguments: Any) -> Any:
         groups, weight, bias, epsilon = [*arguments, *[None, None, None, 1e-5][len(arguments) :]][:4]
     channels = x.shape[1]
     flat = b.reshape(x, (x.shape[0], groups, _product(x.shape[1:]) // groups))
-    made = b.op("LayerNormalization", flat, b.constant(torch.ones(flat.shape[2]), x.dtype), shape=flat.shape, dtype=x.dtype,
-                axis=-1, epsilon=float(epsilon)) if isinstance(flat.shape[2], int) else _normalized(b, flat, float(epsilon))  # fmt: skip
+    if isinstance(flat.shape[2], int):
+        ones_ = b.constant(torch.ones(flat.shape[2]), x.dtype)
+        made = b.op("LayerNormalization", flat, ones_, shape=flat.shape, dtype=x.dtype, axis=-1, epsilon=float(epsilon))
+    else:
+        made = _normalized(b, flat, float(epsilon))
     made = b.reshape(made, x.shape)
     ones = [1] * (x.rank - 2)
     if weight is not None:
@@ -270,8 +272,8 @@ def _attends(b: Lowering, mask: Held, dtype: torch.dtype) -> Held | None:
     if mask.dtype == torch.bool:
         return reduce(b, "ReduceMax", b.cast(mask, dtype), -1, True)
     highest = reduce(b, "ReduceMax", mask, -1, True)
-    seen = b.op("Greater", highest, b.constant(-math.inf, mask.dtype), shape=highest.shape, dtype=torch.bool)
-    return b.cast(seen, dtype)
+    lowest = b.constant(-math.inf, mask.dtype)
+    return b.cast(b.op("Greater", highest, lowest, shape=highest.shape, dtype=torch.bool), dtype)
 
 
 def _causal(b: Lowering, q: Held, k: Held, dtype: torch.dtype) -> Held:
@@ -411,7 +413,7 @@ def _averaged(b: Lowering, x: Held, axis: int, length: int, target: int) -> Held
     order = [at for at in range(x.rank) if at != axis] + [axis]
     last = b.transpose(x, order)
     made = b.op("MatMul", last, b.constant(weights, x.dtype), shape=(*last.shape[:-1], target), dtype=x.dtype)
-    return b.transpose(made, list(np.argsort(order)))
+    return b.transpose(made, [order.index(at) for at in range(x.rank)])
 
 
 @lowers("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest1d.vec", "upsample_nearest2d.vec", "upsample_bilinear2d",

@@ -148,7 +148,15 @@ def _pieces(b: Lowering, x: Held, axis: int) -> list[Held]:
     return b.ops("Split", x, lengths, outputs=[(shape, x.dtype) for shape in shapes], axis=axis)
 
 
-@lowers("split.Tensor", "split_with_sizes", "split.sizes", "chunk", "split_with_sizes_copy", "split_copy.Tensor", "tensor_split.sections")
+@lowers(
+    "split.Tensor",
+    "split_with_sizes",
+    "split.sizes",
+    "chunk",
+    "split_with_sizes_copy",
+    "split_copy.Tensor",
+    "tensor_split.sections",
+)
 def _split(b: Lowering, x: Held, sizes: Any, axis: int = 0) -> list[Held]:
     return _pieces(b, x, axis)
 
@@ -160,8 +168,7 @@ def _unbind(b: Lowering, x: Held, axis: int = 0) -> list[Held]:
         raise b.refuse("unbind along a dynamic dimension", "Make the dimension fixed.")
     shape = (*x.shape[:axis], *x.shape[axis + 1 :])
     return [
-        b.op("Gather", x, b.constant(index, torch.int64), shape=shape, dtype=x.dtype, axis=axis)
-        for index in range(x.shape[axis])
+        b.op("Gather", x, b.constant(index, torch.int64), shape=shape, dtype=x.dtype, axis=axis) for index in range(x.shape[axis])
     ]
 
 
@@ -235,9 +242,7 @@ def _cut(b: Lowering, x: Held, axis: int, start: Any, end: Any, length: Dim) -> 
 
 
 @lowers("slice_scatter")
-def _slice_scatter(
-    b: Lowering, x: Held, source: Held, axis: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> Held:
+def _slice_scatter(b: Lowering, x: Held, source: Held, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Held:
     """``x`` with a slice replaced: what is before it, the source, what is after it."""
     assert b.node is not None
     x, source = _input(b, x), _input(b, b.cast(source, x.dtype), 1)
@@ -356,11 +361,12 @@ def _outer(b: Lowering, x: Held, given: Sequence[tuple[int, Held]]) -> Held | No
     """``x[i, j]`` with counting i and j on axes of their own: a reshape (the mask code of transformers writes this)."""
     axes = [_counts(index, x.shape[axis]) for axis, index in given]
     ranks = {index.rank for _, index in given}
-    if None in axes or len(ranks) != 1 or any(one >= two for one, two in zip(axes, axes[1:], strict=False)):  # type: ignore[operator]
+    known = [axis for axis in axes if axis is not None]
+    if len(known) != len(axes) or len(ranks) != 1 or known != sorted(set(known)):
         return None
     shape: list[Dim] = [1] * ranks.pop()
-    for size, axis in zip(x.shape, axes, strict=True):
-        shape[axis] = size  # type: ignore[index]
+    for size, axis in zip(x.shape, known, strict=True):
+        shape[axis] = size
     return b.reshape(x, shape)
 
 
@@ -370,7 +376,7 @@ def _gather_nd(b: Lowering, x: Held, given: Sequence[tuple[int, Held]]) -> Held:
     rest = [axis for axis in range(x.rank) if axis not in axes]
     shape = broadcast(*(index.shape for _, index in given))
     parts = []
-    for axis, index in given:
+    for _, index in given:
         whole = b.full(b.reshape(b.cast(index, torch.int64), (*[1] * (len(shape) - index.rank), *index.shape)), shape)
         parts.append(b.reshape(whole, (*shape, 1)))
     stacked = b.op("Concat", *parts, shape=(*shape, len(axes)), dtype=torch.int64, axis=len(shape))
@@ -404,7 +410,9 @@ def _index_put(b: Lowering, x: Held, indices: Sequence[Held | None], values: Hel
     x = _input(b, x)
     given = [b.cast(item, torch.int64) for item in indices if item is not None]
     shape = broadcast(*(item.shape for item in given))
-    parts = [b.reshape(b.full(b.reshape(item, (*[1] * (len(shape) - item.rank), *item.shape)), shape), (*shape, 1)) for item in given]
+    parts = [
+        b.reshape(b.full(b.reshape(item, (*[1] * (len(shape) - item.rank), *item.shape)), shape), (*shape, 1)) for item in given
+    ]
     stacked = b.op("Concat", *parts, shape=(*shape, len(given)), dtype=torch.int64, axis=len(shape))
     values = b.full(b.cast(values, x.dtype), (*shape, *x.shape[len(given) :]))
     return b.op("ScatterND", x, stacked, values, dtype=x.dtype)

@@ -89,7 +89,9 @@ class OpenVinoRunner(Runner):
         try:
             self._model = self._core.read_model(str(path))
         except Exception as error:
-            raise UserError(str(path), f"OpenVINO cannot read it: {str(error).splitlines()[0]}", "Use dialect: portable.") from error
+            raise UserError(
+                str(path), f"OpenVINO cannot read it: {str(error).splitlines()[0]}", "Use dialect: portable."
+            ) from error
         version = re.match(r"[\d.]+", openvino.get_version())
         self.runtime = f"openvino {version.group(0).rstrip('.') if version else '?'} CPU {precision_hint}"
         self._types = {item.get_any_name(): item.get_element_type().get_type_name() for item in self._model.inputs}

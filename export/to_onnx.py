@@ -90,7 +90,8 @@ def lowerable(program: Any) -> Any:
 
     if set(_targets(program.graph)) <= LOWERINGS.keys():
         return program
-    table = {op: how for op, how in torch.export.default_decompositions().items() if str(op) not in LOWERINGS}
+    defaults: Any = torch.export.default_decompositions()
+    table = {op: how for op, how in defaults.items() if str(op) not in LOWERINGS}
     return program.run_decompositions(table)
 
 
@@ -99,7 +100,8 @@ def _targets(graph: Any) -> Iterator[str]:
     from export.onnx_lowering import functional
 
     for node in graph.nodes:
-        if node.op == "get_attr" and hasattr(inner := getattr(graph.owning_module, node.target, None), "graph"):
+        inner = getattr(graph.owning_module, node.target, None) if node.op == "get_attr" else None
+        if isinstance(inner, torch.fx.GraphModule):
             yield from _targets(inner.graph)
         passed = str(node.target).startswith(("aten._assert", "aten.sym_", "aten._check"))
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not passed:
@@ -171,17 +173,13 @@ class OnnxExporter(Exporter):
         _traced(source, self.dynamic, self.batch)
         traced = time.perf_counter()
         model = lower(source, self.dialect, self.dynamic, self.batch, self.opset)
-        files = write(model, path, self._limit)
+        files = write(model, path, LIMIT_BYTES)
         details = {
             "opset": self.opset, "dialect": self.dialect, "dynamic": list(self.dynamic), "batch": self.batch,
             "files": [file.name for file in files], "nodes": len(list(model.graph)), "notes": list(model.meta["notes"]),
             "trace_s": round(traced - started, 3), "lower_and_write_s": round(time.perf_counter() - traced, 3),
         }  # fmt: skip
         return Artifact(self.format, path, sum(file.stat().st_size for file in files), details)
-
-    @property
-    def _limit(self) -> int:
-        return LIMIT_BYTES
 
     def open(self, path: Path, threads: int) -> Runner:
         return OnnxRunner(path, threads)
