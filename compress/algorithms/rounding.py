@@ -88,7 +88,9 @@ def _pieces(weight: Tensor, grid: Grid) -> Iterator[Tensor]:
     if grid.granularity == "tensor":
         yield weight
         return
-    yield from weight.split(max(1, _PIECE // max(1, weight[0].numel())))
+    rows = max(1, _PIECE // max(1, weight[0].numel()))
+    for start in range(0, weight.shape[0], rows):
+        yield weight[start : start + rows]
 
 
 def _rows(scale: Tensor, zero_point: Tensor | None, rows: slice, grid: Grid) -> tuple[Tensor, Tensor | None]:

@@ -83,10 +83,10 @@ class ActivationGrid(nn.Module):
         if self.factor is not None:
             x = x * self.factor
         if self.kind == "dynamic":
-            values: Tensor = ops.quantize_dequantize_dynamic(x, self.bits)
-            return values
-        values = ops.quantize_dequantize(x, self.scale, self.zero_point, self.bits)
-        return values
+            rounded: Tensor = ops.quantize_dequantize_dynamic(x, self.bits)
+        else:
+            rounded = ops.quantize_dequantize(x, self.scale, self.zero_point, self.bits)
+        return rounded
 
     def extra_repr(self) -> str:
         return f"{self.kind}, bits={self.bits}, symmetric={self.symmetric}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ from compress.anatomy import Anatomy, Site
 from compress.layers import QuantConv2d, is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
 from compress.passes.contract import Context, Pass, Target
+from compress.tied import Ties
 
 __all__ = ["Quantize"]
 
@@ -120,7 +121,7 @@ class Quantize(Pass):
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         jobs, skipped = self._plan(model, context.anatomy)
         captured = self._calibrate(model, context, jobs)
-        ties = _Ties.of(model, jobs)
+        ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
         report: dict[str, Any] = {}
         with torch.no_grad():
             for done, job in enumerate(jobs):
@@ -244,7 +245,7 @@ class Quantize(Pass):
         return {path: made[leaders.get(path, path)] for path in kinds}
 
     def _convert(
-        self, model: nn.Module, context: Context, job: _Job, captured: Captured | None, ties: _Ties
+        self, model: nn.Module, context: Context, job: _Job, captured: Captured | None, ties: Ties
     ) -> dict[str, Any]:
         """Replaces one module and says what was done."""
         path, kind = job.site.path, job.site.kind
@@ -262,7 +263,7 @@ class Quantize(Pass):
             if self.bias_correction and layer.bias is not None:
                 says["bias_correction"] = _correct_bias(layer, weight, seen.channels)
         context.surgery.replace(model, path, layer)
-        ties.settle(model, context, job)
+        ties.settle(model, context.surgery, path)
         return says
 
     def _smoothing(self, job: _Job, weight: Tensor, seen: _Seen) -> Smoothing | None:
@@ -311,57 +312,6 @@ class Quantize(Pass):
     @property
     def _input_grid(self) -> Grid:
         return Grid(self.activation_bits, self.activation_symmetric, "tensor")
-
-
-@dataclass
-class _Ties:
-    """Modules that hold the same parameter, or that are the same module, as they were before anything was replaced.
-
-    Attributes:
-        holders: for each job's path, the other module paths that hold its weight.
-        aliases: for each job's path, the other paths of the very same module.
-        grids: the grid of each job.
-        said: what became of each tie, for the report.
-    """
-
-    holders: dict[str, list[str]]
-    aliases: dict[str, list[str]]
-    grids: dict[str, Grid]
-    done: set[str] = field(default_factory=set)
-    said: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, model: nn.Module, jobs: list[_Job]) -> _Ties:
-        by_module: dict[int, list[str]] = {}
-        by_weight: dict[int, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            by_module.setdefault(id(module), []).append(path)
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                by_weight.setdefault(id(weight), []).append(path)
-        holders, aliases = {}, {}
-        for job in jobs:
-            path, module = job.site.path, model.get_submodule(job.site.path)
-            same = [other for other in by_module[id(module)] if other != path]
-            aliases[path] = same
-            weights = by_weight[id(module._parameters["weight"])]
-            holders[path] = [other for other in weights if other != path and other not in same]
-        return cls(holders, aliases, {job.site.path: job.grid for job in jobs})
-
-    def settle(self, model: nn.Module, context: Context, job: _Job) -> None:
-        """Called after ``job`` was replaced: what was one stays one, or the report says why not."""
-        path = job.site.path
-        for alias in self.aliases[path]:
-            context.surgery.share(model, alias, path)
-        self.done.add(path)
-        for other in self.holders[path]:
-            if other not in self.grids:
-                self.said.append(f"{path} and {other} held one weight: {other} keeps it in float")
-            elif other in self.done and self.grids[other] == job.grid:
-                context.surgery.share(model, f"{path}.quantized_weight", f"{other}.quantized_weight")
-                self.said.append(f"{path} and {other} share their codes")
-            elif other in self.done:
-                self.said.append(f"{path} and {other} held one weight: their grids differ, so each has its own codes")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from calibrate.capture import capture, split
 from calibrate.errors import UserError
 from calibrate.grid import Grid
-from calibrate.ranges import Channels, Histogram, MinMax, Observer, range_observer
+from calibrate.histogram import Histogram
+from calibrate.ranges import Channels, MinMax, Observer, range_observer
 from calibrate.signature import Batch
 
 WIDTH = 8

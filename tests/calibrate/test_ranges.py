@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calibrate.grid import Grid
+from calibrate.histogram import Histogram
 from calibrate.ranges import (
     Channels,
     Entropy,
-    Histogram,
     MeanSquare,
     MinMax,
     MovingAverage,
@@ -162,10 +162,9 @@ def slow_divergence(values: Tensor, grid: Grid, threshold: float, width: float, 
         if kept == place:
             inside[place] = inside.get(place, 0) + 1
     scale, shift = grid.parameters(torch.tensor(bottom), torch.tensor(top))
-    codes = {
-        place: min(max(round((place + 0.5) * width / float(scale)) + (int(shift) if shift is not None else 0), grid.low), grid.high)
-        for place in clipped
-    }
+    zero = 0 if shift is None else int(shift)
+    rounded = {place: round((place + 0.5) * width / float(scale)) + zero for place in clipped}
+    codes = {place: min(max(code, grid.low), grid.high) for place, code in rounded.items()}
     spread = {}
     for place, code in codes.items():
         fellows = [other for other in codes if codes[other] == code]

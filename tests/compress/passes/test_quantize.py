@@ -103,17 +103,22 @@ def test_edits_rebuild_the_model() -> None:
         assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
 
 
+def inputs_of(trial: Trial, path: str) -> Tensor:
+    """What the float model's module at ``path`` receives on all rows: [N, I]."""
+    inputs: list[Tensor] = []
+    handle = trial.before.get_submodule(path).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    trial.outputs(trial.before)
+    handle.remove()
+    return torch.cat(inputs).flatten(0, 1)
+
+
 def test_bias_correction_keeps_the_mean_of_a_layers_output() -> None:
     errors = []
     for correct in (True, False):
         options = {"weights": 4, "group_size": 64, "range": "minmax", "smooth": False, "sites": ["blocks.0.attn.qkv"]}
         trial = on_digits(**options, bias_correction=correct)
         path = "blocks.0.attn.qkv"
-        inputs: list[Tensor] = []
-        handle = trial.before.get_submodule(path).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        trial.outputs(trial.before)
-        handle.remove()
-        x = torch.cat(inputs).flatten(0, 1)
+        x = inputs_of(trial, path)
         layer = trial.after.get_submodule(path)
         assert isinstance(layer, QuantLinear)
         rounded = nn.functional.linear(x, layer.weight, layer.bias)
