@@ -18,7 +18,7 @@ class UserError(Exception):
 
     def __init__(self, where: str, what: str, hint: str = "") -> None:
         self.where, self.what, self.hint = where, what, hint
-        super().__init__(str(self))
+        super().__init__(what)
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what

@@ -17,7 +17,7 @@ from calibrate.latency import Timing, interleave, processor_name
 from calibrate.signature import Batch
 from compress.report import Audit, Check, Figure, Latency, Limit, Row
 from export.contract import Artifact, Contents, Exporter, Runner
-from export.validate import Evaluated, Outputs, audit, evaluate, metamorphic, run_rows
+from export.validate import Checked, Evaluated, Outputs, audit, evaluate, metamorphic, run_rows
 
 if TYPE_CHECKING:
     from calibrate.data import Rows
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Judge", "figure", "promised", "unjudged", "verdict", "with_float_times"]
 
+_WORST_DB = -999.0
 _TIMES = ("median_ms", "low_ms", "high_ms")
 _RUNTIME_LIMITS = ("metric_drop", "agreement", "sqnr_db", "latency_ratio", "size_ratio")
 
@@ -67,6 +68,7 @@ class Judge:
     measure: Measure
     threads: int
     folder: Path
+    classes: bool = True
     floats: dict[str, Artifact] = field(default_factory=dict)
     float_outputs: Outputs | None = None
     float_statistics: Tensor | None = None
@@ -119,10 +121,15 @@ class Judge:
             references = {"float": self.float_outputs, "compressed": self.compressed_outputs}
             found = self._evaluate(run_rows(runner), references, None, label)
             batch = self._batch(4)
-            checks = [Check(**vars(check)) for check in metamorphic(runner, batch, dynamic_activations=_dynamic(model))]
+            checked = [_finite_outputs(found), *metamorphic(runner, batch, dynamic_activations=_dynamic(model))]
             latency = self._latency(label, runner, exporter) if runner.measurable else []
             return self._figures(
-                found, **described, validated=runner.how, runtime=runner.runtime, checks=checks, latency=latency
+                found,
+                **described,
+                validated=runner.how,
+                runtime=runner.runtime,
+                checks=[Check(**vars(check)) for check in checked],
+                latency=latency,
             )
         finally:
             runner.close()
@@ -137,6 +144,7 @@ class Judge:
             self.metric,
             references=present,
             keep=keep,
+            classes=self.classes,
             batch_size=self.batch_size,
             progress=lambda done, total: self.say(done, total, f"{what}: evaluation rows"),
         )
@@ -151,8 +159,8 @@ class Judge:
             metric=self._metric(found),
             drop=drop,
             agreement=_agreement(against_float),
-            sqnr_db=_finite(against_float),
-            sqnr_to_compressed_db=_finite(against_compressed),
+            sqnr_db=_decibels(against_float),
+            sqnr_to_compressed_db=_decibels(against_compressed),
             agreement_to_compressed=_agreement(against_compressed),
         )
 
@@ -252,8 +260,17 @@ def _agreement(fidelity: Fidelity | None) -> Figure | None:
     return figure("agreement", estimate) if estimate else None
 
 
-def _finite(fidelity: Fidelity | None) -> float | None:
-    return fidelity.sqnr_db if fidelity is not None and math.isfinite(fidelity.sqnr_db) else None
+def _finite_outputs(found: Evaluated) -> Checked:
+    """Fails a file that gave NaN or infinity on any row; its SQNR has no number then."""
+    finite = all(fidelity.sqnr_db != -math.inf for fidelity in found.fidelity.values())
+    return Checked("outputs are finite", finite, "" if finite else "NaN or infinity in the outputs")
+
+
+def _decibels(fidelity: Fidelity | None) -> float | None:
+    """The SQNR as JSON can hold it: None where the outputs are equal, and the lowest number for what is not finite."""
+    if fidelity is None or fidelity.sqnr_db == math.inf:
+        return None
+    return max(fidelity.sqnr_db, _WORST_DB)
 
 
 def with_float_times(rows: list[Row]) -> list[Row]:

@@ -82,7 +82,7 @@ def apply(
         check(recipe, model, anatomy)
     prepare(out, recipe)
 
-    judge = _judge(recipe, data, out, progress)
+    judge = _judge(recipe, source, data, out, progress)
     rows: list[Row] = []
     compressed: Row | None = None
     float_bytes = sum(entry.bytes for entry in inventory(model).values())
@@ -110,7 +110,8 @@ def apply(
                 progress=progress.update,
             )
             before, started = inventory(model), time.perf_counter()
-            model = step.run(model, context)
+            with _placed(recipe, number):
+                model = step.run(model, context)
             after = inventory(model)
             steps.append(_record(step, before, after, context.report, time.perf_counter() - started))
             gc.collect()
@@ -165,7 +166,8 @@ def check(recipe: Recipe, model: nn.Module, anatomy: Anatomy) -> None:
     """
     for number, step in enumerate(recipe.passes):
         try:
-            step.targets(model, anatomy)
+            with _placed(recipe, number):
+                step.targets(model, anatomy)
         except UserError:
             if number == 0:
                 raise
@@ -176,10 +178,21 @@ def check(recipe: Recipe, model: nn.Module, anatomy: Anatomy) -> None:
                 path, reason = refused[0]
                 more = f" (and {len(refused) - 1} more places)" if len(refused) > 1 else ""
                 raise UserError(
-                    f"passes[{number}].{step.name}",
+                    f"{recipe.place('passes', number, step.name)}: {step.name}",
                     f"{exporter.format} cannot carry {path}: {reason}{more}",
                     f"Change the pass, or take {exporter.format} out of export.",
                 )
+
+
+@contextmanager
+def _placed(recipe: Recipe, number: int) -> Iterator[None]:
+    """Puts the pass's place in the recipe before what a pass says of a mistake."""
+    try:
+        yield
+    except UserError as error:
+        place = recipe.place("passes", number, recipe.passes[number].name)
+        error.where = f"{place}: {error.where}" if error.where else place
+        raise
 
 
 def prepare(out: Path, recipe: Recipe) -> None:
@@ -217,7 +230,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def _judge(recipe: Recipe, data: Data, out: Path, progress: Progress) -> Judge | None:
+def _judge(recipe: Recipe, source: Source, data: Data, out: Path, progress: Progress) -> Judge | None:
     if data.evaluation is None:
         return None
     return Judge(
@@ -228,6 +241,7 @@ def _judge(recipe: Recipe, data: Data, out: Path, progress: Progress) -> Judge |
         measure=recipe.measure,
         threads=recipe.threads,
         folder=out,
+        classes=source.task not in ("sentence-embedding", "features"),
         say=progress.update,
     )
 

@@ -121,6 +121,8 @@ def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: P
     from compress.datasets import load_data
     from compress.sources import load_model
 
+    task = report.read(folder).model["task"]
+
     def made(rows: Any, metric: Any, metric_name: str, batch_size: int) -> Judge:
         return Judge(
             rows=rows,
@@ -130,6 +132,7 @@ def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: P
             measure=recipe.measure,
             threads=recipe.threads,
             folder=folder,
+            classes=task not in ("sentence-embedding", "features"),
             say=progress.update,
         )
 

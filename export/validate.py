@@ -146,6 +146,7 @@ def evaluate(
     *,
     references: Mapping[str, Outputs] | None = None,
     keep: Outputs | None = None,
+    classes: bool = True,
     batch_size: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluated:
@@ -155,10 +156,11 @@ def evaluate(
         call: batch of named inputs -> outputs [B, ...].
         references: outputs of other models on the same rows, to compare with.
         keep: where to keep the outputs.
+        classes: whether the last dimension of the outputs holds scores of classes, so that agreement means something.
         batch_size: data rows a batch.
         progress: told (rows done, rows in all).
     """
-    fidelity = {name: Fidelity() for name in references or {}}
+    fidelity = {name: Fidelity(None if classes else False) for name in references or {}}
     statistics: list[Tensor] = []
     done = seen = 0
     for batch in rows.batches(batch_size):
