@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibrate.fidelity import Fidelity
 from calibrate.latency import Timing, interleave, processor_name
 from calibrate.signature import Batch
 from compress.report import Audit, Check, Figure, Latency, Limit, Row
-from export.contract import Artifact, Contents, Exporter, Runner
+from export.contract import Artifact, Exporter, Runner
+from export.graph import Traceable
 from export.validate import Checked, Evaluated, Outputs, audit, evaluate, metamorphic, run_rows
 
 if TYPE_CHECKING:
@@ -24,22 +25,38 @@ if TYPE_CHECKING:
     from calibrate.metrics import Estimate, Metric
     from compress.recipe import Accept, Measure
 
-__all__ = ["Judge", "figure", "promised", "unjudged", "verdict", "with_float_times"]
+__all__ = ["Judge", "Promise", "figure", "unjudged", "verdict", "with_float_times"]
 
 _WORST_DB = -999.0
 _TIMES = ("median_ms", "low_ms", "high_ms")
 _RUNTIME_LIMITS = ("metric_drop", "agreement", "sqnr_db", "latency_ratio", "size_ratio")
 
 
-def promised(model: nn.Module) -> dict[str, np.ndarray[Any, Any]]:
-    """Signed codes (int8) of every quantized layer of a model, by module path."""
-    from compress.layers import Codes
+@dataclass(frozen=True)
+class Promise:
+    """What a compressed model promises of every file that is written from it.
 
-    return {
-        path.removesuffix(".quantized_weight"): module.integers().numpy()
-        for path, module in model.named_modules()
-        if isinstance(module, Codes)
-    }
+    Attributes:
+        codes: signed codes (int8), by module path, of every quantized layer that the model's output depends on.
+        dynamic_activations: whether some activation grid is made from the batch itself.
+    """
+
+    codes: dict[str, np.ndarray[Any, Any]]
+    dynamic_activations: bool
+
+    @classmethod
+    def of(cls, source: Traceable) -> Promise:
+        """Reads it from the model and its traced graph."""
+        from compress.layers import ActivationGrid, Codes
+
+        reached = source.reached()
+        codes = {
+            path.removesuffix(".quantized_weight"): module.integers().numpy()
+            for path, module in source.model.named_modules(remove_duplicate=False)
+            if isinstance(module, Codes) and f"{path}.codes" in reached
+        }
+        grids = (module for module in source.model.modules() if isinstance(module, ActivationGrid))
+        return cls(codes, any(grid.kind == "dynamic" for grid in grids))
 
 
 def figure(name: str, estimate: Estimate) -> Figure:
@@ -103,25 +120,23 @@ class Judge:
             size_bytes=size,
         )
 
-    def file(self, exporter: Exporter, artifact: Artifact, model: nn.Module) -> list[Row]:
+    def file(self, exporter: Exporter, artifact: Artifact, promise: Promise) -> list[Row]:
         """The rows of one written file: one for its runtime, one for each other runtime that takes the same file."""
-        contents = exporter.contents(artifact.path)
-        rows = [self._opened(exporter.format, exporter.open(artifact.path, self.threads), exporter, artifact, contents, model)]
+        known = _described(exporter, artifact, promise, self.folder, self.floats.get(exporter.format))
+        rows = [self._opened(exporter.format, exporter.open(artifact.path, self.threads), exporter, known, promise)]
         for label, runner in exporter.also(artifact.path, self.threads):
-            rows.append(self._opened(label, runner, exporter, artifact, contents, model))
+            rows.append(self._opened(label, runner, exporter, known, promise))
         return rows
 
-    def _opened(
-        self, label: str, runner: Runner, exporter: Exporter, artifact: Artifact, contents: Contents, model: nn.Module
-    ) -> Row:
-        described = _described(label, exporter, artifact, contents, model, self.folder, self.floats.get(exporter.format))
+    def _opened(self, label: str, runner: Runner, exporter: Exporter, known: dict[str, Any], promise: Promise) -> Row:
+        described = {"label": label, **known}
         try:
             if runner.how == "none":
                 return Row(**described, validated="none", runtime=runner.runtime, note=runner.runtime)
             references = {"float": self.float_outputs, "compressed": self.compressed_outputs}
             found = self._evaluate(run_rows(runner), references, None, label)
             batch = self._batch(4)
-            checked = [_finite_outputs(found), *metamorphic(runner, batch, dynamic_activations=_dynamic(model))]
+            checked = [_finite_outputs(found), *metamorphic(runner, batch, dynamic_activations=promise.dynamic_activations)]
             latency = self._latency(label, runner, exporter) if runner.measurable else []
             return self._figures(
                 found,
@@ -222,18 +237,11 @@ class Judge:
 
 
 def _described(
-    label: str,
-    exporter: Exporter,
-    artifact: Artifact,
-    contents: Contents,
-    model: nn.Module,
-    folder: Path,
-    baseline: Artifact | None,
+    exporter: Exporter, artifact: Artifact, promise: Promise, folder: Path, baseline: Artifact | None
 ) -> dict[str, Any]:
     """What is known of a file without running it; raises ``LostInExport`` where its integers are not the model's."""
-    audited = audit(promised(model), contents, str(artifact.path))
+    audited = audit(promise.codes, exporter.contents(artifact.path), str(artifact.path))
     return {
-        "label": label,
         "format": exporter.format,
         "path": artifact.path.relative_to(folder).as_posix(),
         "size_bytes": artifact.size_bytes,
@@ -243,16 +251,10 @@ def _described(
     }
 
 
-def unjudged(exporter: Exporter, artifact: Artifact, model: nn.Module, folder: Path) -> Row:
+def unjudged(exporter: Exporter, artifact: Artifact, promise: Promise, folder: Path) -> Row:
     """The row of a file that was written and audited but, as asked, not run."""
-    described = _described(exporter.format, exporter, artifact, exporter.contents(artifact.path), model, folder, None)
-    return Row(**described, validated="none", note="evaluation was switched off")
-
-
-def _dynamic(model: nn.Module) -> bool:
-    from compress.layers import ActivationGrid
-
-    return any(isinstance(module, ActivationGrid) and module.kind == "dynamic" for module in model.modules())
+    described = _described(exporter, artifact, promise, folder, None)
+    return Row(label=exporter.format, **described, validated="none", note="evaluation was switched off")
 
 
 def _agreement(fidelity: Fidelity | None) -> Figure | None:

@@ -22,7 +22,7 @@ from calibrate.signature import Batch
 from compress import manifest, report
 from compress.anatomy import Anatomy, find
 from compress.datasets import Data, load_data
-from compress.judgement import Judge, unjudged, verdict, with_float_times
+from compress.judgement import Judge, Promise, unjudged, verdict, with_float_times
 from compress.passes.contract import Context, Pass, evaluating
 from compress.progress import Progress
 from compress.report import Report, Row, StepRecord
@@ -126,12 +126,14 @@ def apply(
             keep_rows(judge, out)
 
     traceable, artifacts = Traceable(model, source.signature, example, source.name), {}
+    promise: Promise | None = None
     for exporter in recipe.export:
         with clock(f"write {exporter.format}"), progress.step(f"{exporter.format}: write"):
             artifact = exporter.write(traceable, _made(out / exporter.filename))
             artifacts[exporter.format] = artifact
+            promise = promise or Promise.of(traceable)
         with clock(f"judge {exporter.format}"), progress.step(f"{exporter.format}: open, run, judge"):
-            rows += judge.file(exporter, artifact, model) if judge else [unjudged(exporter, artifact, model, out)]
+            rows += judge.file(exporter, artifact, promise) if judge else [unjudged(exporter, artifact, promise, out)]
 
     rows, limits = with_float_times(rows), verdict(rows, recipe.accept) if judge else []
     met = all(limit.met for limit in limits)

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import Batch
 from compress import manifest, report
-from compress.judgement import Judge, verdict, with_float_times
+from compress.judgement import Judge, Promise, verdict, with_float_times
 from compress.passes.contract import evaluating
 from compress.progress import Progress
 from compress.report import Limit, Report, Row
 from compress.saved import load
+from compress.saved import read as read_saved
 from export.contract import Artifact, Exporter
+from export.graph import Traceable
 
 __all__ = ["KeptRows", "keep_rows", "validate"]
 
@@ -92,12 +94,13 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
         model = load(folder, trust=trust)
     judge, float_row, compressed, note = _judge(recipe, folder, model, trust, progress)
     rows = [float_row]
+    promise = Promise.of(Traceable(model, read_saved(folder).signature, next(iter(judge.rows.batches(4)))))
     for exporter in recipe.export:
         baseline = folder / "baseline" / exporter.filename
         if baseline.exists():
             judge.floats[exporter.format] = _artifact(exporter, baseline)
         with progress.step(f"{exporter.format}: open, run, judge"):
-            rows += judge.file(exporter, _artifact(exporter, folder / exporter.filename), model)
+            rows += judge.file(exporter, _artifact(exporter, folder / exporter.filename), promise)
     rows, limits = with_float_times(rows), limits + verdict(rows, recipe.accept)
     met = all(limit.met for limit in limits)
     made = before.model_copy(

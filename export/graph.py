@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from calibrate.errors import UserError
-from calibrate.signature import Batch, Signature
+from calibrate.signature import Batch, Signature, raw_path
 
 __all__ = ["Traceable", "Untraceable"]
 
@@ -68,6 +68,23 @@ class Traceable:
             order = self.example["attention_mask"].sum(1).argsort()
         order = order.repeat(-(-rows // len(order)))[:rows]
         return {spec.name: self.example[spec.name][order].to(spec.dtype) for spec in self.signature.inputs}
+
+    def reached(self) -> set[str]:
+        """Names of the parameters and buffers (as in the user's model) that the output depends on.
+
+        A layer whose result nothing reads (the pooler of an encoder used for its tokens) is in no file.
+        """
+        program = next(iter(self.programs.values()), None) or self.program()
+        output = next(node for node in program.graph.nodes if node.op == "output")
+        seen, waiting = set(), [output]
+        while waiting:
+            for node in waiting.pop().all_input_nodes:
+                if node not in seen:
+                    seen.add(node)
+                    waiting.append(node)
+        signature = program.graph_signature
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        return {raw_path(name) for placeholder, name in names.items() if placeholder in {node.name for node in seen}}
 
     def _trace(self, dynamic: frozenset[str], rows: int) -> ExportedProgram:
         dims = {name: torch.export.Dim(name) for name in dynamic}

@@ -17,12 +17,13 @@ from calibrate.errors import LostInExport, UserError
 from calibrate.fidelity import sqnr_db
 from compress import report
 from compress.datasets import load_data
-from compress.judgement import promised, verdict
+from compress.judgement import Promise, verdict
 from compress.recipe import Accept, read
 from compress.run import apply
 from compress.saved import load
 from compress.sources import load_model
 from compress.validation import validate
+from export.graph import Traceable
 
 for library, extra in (("onnxruntime", "onnx"), ("coremltools", "coreml"), ("tensorrt_rtx", "tensorrt-rtx")):
     pytest.importorskip(library, reason=f"needs the extra {extra}")
@@ -54,6 +55,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = apply(read(recipe_file(folder)), folder / "out")
     assert made.exit_code == 0, [limit.says for limit in made.limits if not limit.met]
     return folder / "out"
+
+
+def promised(run: Path) -> dict[str, Any]:
+    saved = load_model("embedded:digits-vit", base=run)
+    return Promise.of(Traceable(load(run), saved.signature, saved.example())).codes
 
 
 def test_the_run_folder_has_its_fixed_names(run: Path) -> None:
@@ -92,7 +98,7 @@ def test_the_schema_in_the_package_is_the_one_of_the_report() -> None:
 
 def test_every_file_holds_the_same_integers(run: Path) -> None:
     recipe = read(run / "recipe.yaml")
-    model = promised(load(run))
+    model = promised(run)
     for exporter in recipe.export:
         codes = exporter.contents(run / exporter.filename).codes
         assert codes.keys() == model.keys()
@@ -138,7 +144,7 @@ def test_a_flipped_bit_in_a_file_is_found(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "flipped"
     shutil.copytree(run, copy)
     path = copy / "onnx" / "model.onnx"
-    codes = next(iter(promised(load(run)).values()))
+    codes = next(iter(promised(run).values()))
     content = bytearray(path.read_bytes())
     where = max(content.find(codes.tobytes()), content.find(codes.T.tobytes()))
     assert where > 0
@@ -157,7 +163,11 @@ def test_without_evaluation_nothing_is_claimed(tmp_path: Path) -> None:
 
 
 def test_a_missed_contract_keeps_the_files_and_says_by_how_much(tmp_path: Path) -> None:
-    text = RECIPE.replace("sqnr_db: 20", "sqnr_db: 190").replace("  - coreml\n  - tensorrt\n", "").replace(", tensorrt: {size_ratio: 9}, unvalidated: [tensorrt]", "")
+    text = (
+        RECIPE.replace("sqnr_db: 20", "sqnr_db: 190")
+        .replace("  - coreml\n  - tensorrt\n", "")
+        .replace(", tensorrt: {size_ratio: 9}, unvalidated: [tensorrt]", "")
+    )
     made = compress.apply(recipe_file(tmp_path, text), out=tmp_path / "out")
     missed = [limit for limit in made.limits if not limit.met]
     assert made.exit_code == 1
@@ -199,9 +209,7 @@ def row(**changed: Any) -> report.Row:
 
 def test_the_verdict_is_by_the_worst_batch_size_and_by_runtime() -> None:
     def latency(batch: int, ratio: float) -> report.Latency:
-        return report.Latency(
-            batch=batch, median_ms=1, low_ms=1, high_ms=1, runs=3, threads=1, processor="x", ratio=ratio
-        )
+        return report.Latency(batch=batch, median_ms=1, low_ms=1, high_ms=1, runs=3, threads=1, processor="x", ratio=ratio)
 
     timed = row(latency=[latency(1, 0.3), latency(8, 0.6)])
     limits = verdict([timed], Accept(latency_ratio=0.5))
