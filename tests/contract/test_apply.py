@@ -68,7 +68,7 @@ def test_the_run_folder_has_its_fixed_names(run: Path) -> None:
         "tensorrt/model.engine", "report.json",
     ):  # fmt: skip
         assert (run / name).exists(), name
-    assert not [path for path in run.rglob("*.part")]
+    assert not list(run.rglob("*.part"))
 
 
 def test_the_report_follows_its_schema_and_has_a_row_for_each_file(run: Path) -> None:
