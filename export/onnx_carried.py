@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calibrate.grid import pack, unpack
 from export.onnx_lowering import Carried, Held, Lowering, lowers
-from export.onnx_ops import add, broadcast
+from export.onnx_ops import biased, broadcast
 
 __all__ = ["dense", "patches", "product", "rows"]
 
@@ -271,7 +271,7 @@ def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) ->
         made = _n_bits(b, x, carried, block, shape)
     else:
         made = _dense_product(b, x, carried, shape, integer)
-    return made if bias is None else add(b, made, bias)
+    return made if bias is None else biased(b, made, bias)
 
 
 def _dense_product(b: Lowering, x: Held, carried: Carried, shape: Sequence[Any], integer: bool) -> Held:

@@ -10,7 +10,7 @@ import torch
 
 from export import onnx_carried
 from export.onnx_lowering import Held, Lowering, axis_of, dim, lowers
-from export.onnx_ops import _input, add, binary, broadcast, where
+from export.onnx_ops import _input, add, biased, binary, broadcast, where
 
 __all__: list[str] = []
 
@@ -42,7 +42,7 @@ def _linear(b: Lowering, x: Held, weight: Held, bias: Held | None = None) -> Hel
     if weight.carried is not None and not weight.flipped:
         return onnx_carried.product(b, x, weight.carried, bias)
     made = product(b, x, b.transpose(weight, [1, 0]))
-    return made if bias is None else add(b, made, bias)
+    return made if bias is None else biased(b, made, bias)
 
 
 @lowers("matmul", "mm", "bmm", "__matmul__")
