@@ -25,7 +25,7 @@ from compress.tied import Ties
 
 __all__ = ["Quantize"]
 
-_WORTH_DB = 3.0
+_WORTH_DB = 6.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Quantize(Pass):
     """
 
     name: ClassVar[str] = "quantize"
-    source: ClassVar[str] = "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295"
+    source: ClassVar[str] = (
+        "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438"
+    )
     needs_calibration: ClassVar[bool] = True
 
     weights: Bits = Field(8, description="Bits of each weight.")
@@ -92,9 +94,10 @@ class Quantize(Pass):
     )
     smooth: bool = Field(
         True,
-        description="Where a linear layer has its input for itself and it gains 3 dB: each input channel is multiplied by "
-        "a factor of its own before it is rounded, and the weight divided by it (SmoothQuant, arXiv 2211.10438, the "
-        "strength searched for each layer). Costs one multiplication a layer. Only with static activations.",
+        description="Where a linear layer has its input to itself and it gains 6 dB (one bit): each input channel is "
+        "multiplied by a factor of its own before it is rounded, and the weight divided by it (SmoothQuant, arXiv "
+        "2211.10438; the strength is searched for each layer). Costs one multiplication a layer. Only with static "
+        "activations.",
     )
     bias_correction: bool = Field(
         True,
