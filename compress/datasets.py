@@ -48,8 +48,9 @@ class Data:
     duplicates: int = 0
 
     def calibration_batches(self) -> Iterator[Batch]:
-        """The same calibration batches each time."""
-        return self.calibration.batches(self.batch_size)
+        """The same calibration batches each time, without the columns in which a whole batch is padding."""
+        batches = self.calibration.batches(self.batch_size)
+        return map(_trimmed, batches) if self.calibration.encoder.ragged else batches
 
     def describe(self) -> dict[str, Any]:
         """What reports and the manifest say of the data, as JSON."""
@@ -349,6 +350,18 @@ def _chosen(part: Split, seed: int) -> str:
     if isinstance(selection, tuple):
         return f"{selection[0]}-{selection[1] - 1}"
     return "all" if selection == "all" else f"{selection} by seed {seed}"
+
+
+def _trimmed(batch: Batch) -> Batch:
+    """Tokenized text cut to its longest row: what is padding in every row counts for nothing and only costs time.
+
+    Text padded at the left, and batches without ``attention_mask``, stay as they are.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    length = max(1, int(mask.amax(0).nonzero().max()) + 1) if bool(mask.any()) else mask.shape[1]
+    return {name: value[:, :length] if value.shape[:2] == mask.shape else value for name, value in batch.items()}
 
 
 def _example(rows: Rows) -> Batch:

@@ -357,3 +357,16 @@ def test_shared_models_reach_their_stated_accuracy(model: str, data: dict[str, A
     assert estimate.low <= accuracy <= estimate.high
     chance = judged(rows, found, lambda labels: labels[torch.randperm(len(labels))])
     assert chance.high < estimate.low
+
+
+def test_padding_that_a_whole_batch_shares_is_not_calibrated_on() -> None:
+    from compress.datasets import _trimmed
+
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
+    ids = torch.arange(10).reshape(2, 5)
+    trimmed = _trimmed({"input_ids": ids, "attention_mask": mask, "pixels": torch.zeros(2, 3, 4)})
+    assert torch.equal(trimmed["input_ids"], ids[:, :3])
+    assert torch.equal(trimmed["attention_mask"], mask[:, :3])
+    assert trimmed["pixels"].shape == (2, 3, 4)
+    left = {"input_ids": ids, "attention_mask": mask.flip(1)}
+    assert torch.equal(_trimmed(left)["input_ids"], ids), "text padded at the left keeps its length"
