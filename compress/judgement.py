@@ -125,7 +125,11 @@ class Judge:
         known = _described(exporter, artifact, promise, self.folder, self.floats.get(exporter.format))
         rows = [self._opened(exporter.format, exporter.open(artifact.path, self.threads), exporter, known, promise)]
         for label, runner in exporter.also(artifact.path, self.threads):
-            rows.append(self._opened(label, runner, exporter, known, promise))
+            try:
+                rows.append(self._opened(label, runner, exporter, known, promise))
+            except RuntimeError as error:
+                why = f"{runner.runtime} cannot run the file: {str(error).strip().splitlines()[0]}"
+                rows.append(Row(label=label, **known, validated="none", runtime=runner.runtime, note=why))
         return rows
 
     def _opened(self, label: str, runner: Runner, exporter: Exporter, known: dict[str, Any], promise: Promise) -> Row:
@@ -294,6 +298,8 @@ def verdict(rows: list[Row], accept: Accept) -> list[Limit]:
     limits: list[Limit] = []
     for row in rows:
         if row.validated == "reference" or row.format == "torch":
+            continue
+        if row.label != row.format and row.validated == "none" and accept.silent(row.label):
             continue
         for line in _RUNTIME_LIMITS:
             limit = accept.limit(line, row.label)

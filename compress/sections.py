@@ -234,6 +234,11 @@ class Accept(Limits):
         found: float | None = value if value is not None else getattr(self, line)
         return found
 
+    def silent(self, runtime: str) -> bool:
+        """Whether no limit names this runtime."""
+        own = getattr(self, runtime, None)
+        return not isinstance(own, Limits) or own == Limits()
+
     def asks_for_rows(self) -> bool:
         """Whether any limit needs evaluation rows."""
         lines = ("metric_drop", "sqnr_db", "agreement", "latency_ratio")

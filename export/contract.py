@@ -12,10 +12,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from calibrate.errors import UserError
 from calibrate.signature import Batch
 from export.graph import Traceable
 
-__all__ = ["Artifact", "Contents", "Exporter", "Runner", "Validation"]
+__all__ = ["Artifact", "Contents", "Exporter", "NotRun", "Runner", "Validation"]
 
 Validation = Literal["runtime", "interpreter", "proxy", "none"]
 """How an artifact was run: in its own runtime; by our interpreter of the saved file; an equivalent file in another runtime
@@ -71,6 +72,19 @@ class Runner(ABC):
     def close(self) -> None:
         """Frees the session, the process or the device memory; the runner is not used afterwards."""
         return
+
+
+class NotRun(Runner):
+    """A file that nothing here can run; ``runtime`` says why."""
+
+    how = "none"
+    measurable = False
+
+    def __init__(self, path: Path, reason: str, rows: int | None = None) -> None:
+        self.path, self.runtime, self.rows = path, reason, rows
+
+    def __call__(self, batch: Batch) -> Tensor:
+        raise UserError(str(self.path), f"cannot be run here: {self.runtime}")
 
 
 class Exporter(BaseModel, ABC):

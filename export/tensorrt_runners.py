@@ -18,7 +18,7 @@ from calibrate.errors import UserError
 from calibrate.signature import Batch
 from export.contract import Runner
 
-__all__ = ["EngineRunner", "NotRun", "ProxyRunner", "gpu_name"]
+__all__ = ["EngineRunner", "ProxyRunner", "gpu_name"]
 
 
 @cache
@@ -36,19 +36,6 @@ def gpu_name() -> str | None:
     if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(found, 256, device):
         return None
     return found.value.decode(errors="replace")
-
-
-class NotRun(Runner):
-    """A file that nothing here can run; ``runtime`` says why."""
-
-    how = "none"
-    measurable = False
-
-    def __init__(self, path: Path, reason: str, rows: int | None = None) -> None:
-        self.path, self.runtime, self.rows = path, reason, rows
-
-    def __call__(self, batch: Batch) -> Tensor:
-        raise UserError(str(self.path), f"cannot be run here: {self.runtime}")
 
 
 class ProxyRunner(Runner):

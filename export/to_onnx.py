@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from calibrate.errors import MissingRuntime, UserError
-from export.contract import Artifact, Contents, Exporter, Runner
+from export.contract import Artifact, Contents, Exporter, NotRun, Runner
 from export.graph import Traceable
 from export.onnx_file import CODES, LIMIT_BYTES, contents, write
 from export.onnx_lowering import Dialect
@@ -183,6 +183,15 @@ class OnnxExporter(Exporter):
 
     def open(self, path: Path, threads: int) -> Runner:
         return OnnxRunner(path, threads)
+
+    def also(self, path: Path, threads: int) -> Iterator[tuple[str, Runner]]:
+        """OpenVINO, where the recipe asks for it or, with ``auto``, where it is installed; a file that it refuses is said."""
+        if not self.wants_openvino:
+            return
+        try:
+            yield "openvino", self.open_openvino(path, threads)
+        except (UserError, RuntimeError) as error:
+            yield "openvino", NotRun(path, f"OpenVINO refuses the file: {str(error).strip().splitlines()[0]}")
 
     def open_openvino(self, path: Path, threads: int, precision_hint: str = "f32") -> Runner:
         """The same file in OpenVINO."""

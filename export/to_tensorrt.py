@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import TensorSpec
-from export.contract import Artifact, Contents, Exporter, Runner
+from export.contract import Artifact, Contents, Exporter, NotRun, Runner
 from export.engine_listing import builder_of
 from export.graph import Traceable
 from export.tensorrt_contents import engine_contents, engine_report, qdq_path
 from export.tensorrt_job import LIBRARIES, build_engine, product
-from export.tensorrt_runners import EngineRunner, NotRun, ProxyRunner, gpu_name
+from export.tensorrt_runners import EngineRunner, ProxyRunner, gpu_name
 
 __all__ = ["TensorRTExporter"]
 
