@@ -27,11 +27,13 @@ class Smoothing:
         factor: [I] float32, float16 numbers; 1 everywhere where nothing was gained.
         strength: how much of the spread between channels is taken from the input (0: none, 1: all).
         gain_db: how much less the expected noise of the layer's output is.
+        before_db: the expected SQNR of the layer's output without factors, its input's channels taken as uncorrelated.
     """
 
     factor: Tensor
     strength: float
     gain_db: float
+    before_db: float
 
 
 def smoothing(weight: Tensor, low: Tensor, high: Tensor, mean_square: Tensor, weights: Grid, inputs: Grid) -> Smoothing:
@@ -51,14 +53,16 @@ def smoothing(weight: Tensor, low: Tensor, high: Tensor, mean_square: Tensor, we
     magnitude = magnitude.clamp(min=max(float(magnitude.median()), 1e-8))
     columns = weight.float().abs().amax(0)
     columns = columns.clamp(min=max(1e-3 * float(columns.max()), 1e-8))
-    best = Smoothing(torch.ones_like(magnitude), 0.0, 0.0)
-    start = least = rounding_noise(weight, best.factor, low, high, mean_square, weights, inputs)
+    none = torch.ones_like(magnitude)
+    start = least = rounding_noise(weight, none, low, high, mean_square, weights, inputs)
+    before = _db(float((weight.double().square().sum(0) * mean_square).sum()), start)
+    best = Smoothing(none, 0.0, 0.0, before)
     for strength in _STRENGTHS:
         factor = columns.pow(1 - strength) / magnitude.pow(strength)
         factor = (factor / factor.log().mean().exp()).clamp(2.0**-14, 2.0**14).half().float()
         noise = rounding_noise(weight, factor, low, high, mean_square, weights, inputs)
         if noise < least:
-            least, best = noise, Smoothing(factor, strength, 10 * math.log10(start / noise) if noise else math.inf)
+            least, best = noise, Smoothing(factor, strength, _db(start, noise), before)
     return best
 
 
@@ -78,3 +82,9 @@ def rounding_noise(
     energy = (mean_square * factor.square()).double().reshape(scale.shape[1], -1).sum(1)
     of_weight = float((scale.double().square() * energy).sum()) * (weight.shape[0] if scale.shape[0] == 1 else 1)
     return (of_input + of_weight) / 12
+
+
+def _db(signal: float, noise: float) -> float:
+    if noise <= 0 or signal <= 0:
+        return math.inf
+    return 10 * math.log10(signal / noise)

@@ -25,7 +25,8 @@ from compress.tied import Ties
 
 __all__ = ["Quantize"]
 
-_WORTH_DB = 6.0
+_ENOUGH_DB, _WORTH_DB = 28.0, 3.0
+"""A layer's input is smoothed where its output is expected below the first, and at least the second is gained."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ class Quantize(Pass):
     )
     smooth: bool = Field(
         True,
-        description="Where a linear layer has its input to itself and it gains 6 dB (one bit): each input channel is "
-        "multiplied by a factor of its own before it is rounded, and the weight divided by it (SmoothQuant, arXiv "
-        "2211.10438; the strength is searched for each layer). Costs one multiplication a layer. Only with static "
-        "activations.",
+        description="Where a linear layer has its input to itself, its output is expected below 28 dB, and 3 dB are "
+        "gained: each input channel is multiplied by a factor of its own before it is rounded, and the weight divided by "
+        "it (SmoothQuant, arXiv 2211.10438; the strength is searched for each layer). Costs one multiplication a layer. "
+        "Only with static activations.",
     )
     bias_correction: bool = Field(
         True,
@@ -277,7 +278,7 @@ class Quantize(Pass):
         statistics = (channels.low, channels.high, channels.mean_square)
         low, high, mean_square = (statistic.to(weight.device) for statistic in statistics)
         found = smoothing(weight, low, high, mean_square, job.grid, self._input_grid)
-        return found if found.gain_db >= _WORTH_DB else None
+        return found if found.before_db < _ENOUGH_DB and found.gain_db >= _WORTH_DB else None
 
     def _fit_input(self, path: str, layer: QuantizedLayer, seen: _Seen, smoothed: Smoothing | None) -> dict[str, Any]:
         """Gives the layer's input its grid, and says which."""

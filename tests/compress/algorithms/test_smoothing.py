@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibrate.grid import Grid
 from compress.algorithms.rounding import codes_of, scales_of
-from compress.algorithms.smoothing import Smoothing, rounding_noise, smoothing
+from compress.algorithms.smoothing import rounding_noise, smoothing
 
 WEIGHTS, INPUTS = Grid(8), Grid(8, True, "tensor")
 
@@ -52,6 +52,9 @@ def test_outlier_channels_are_taken_off_the_input() -> None:
     x, weight = with_outliers(), torch.randn(48, 64) / 8
     found = smoothing(weight, *seen(x), WEIGHTS, INPUTS)
     assert found.gain_db > 10
+    clean = float((x @ weight.T).square().sum(1).mean())
+    rounded = measured(weight, x, torch.ones(64), WEIGHTS, INPUTS)
+    assert abs(10 * math.log10(clean / rounded) - found.before_db) < 1.5
     gained = measured(weight, x, torch.ones(64), WEIGHTS, INPUTS) / measured(weight, x, found.factor, WEIGHTS, INPUTS)
     assert abs(10 * math.log10(gained) - found.gain_db) < 1.5
     assert torch.equal(found.factor, found.factor.half().float())
@@ -64,8 +67,7 @@ def test_equal_channels_gain_next_to_nothing() -> None:
 
 def test_nothing_to_gain_is_no_factor() -> None:
     found = smoothing(torch.ones(4, 8), -torch.ones(8), torch.ones(8), torch.ones(8), WEIGHTS, INPUTS)
-    assert found == Smoothing(found.factor, 0.0, 0.0) or found.gain_db < 1e-6
-    assert torch.equal(found.factor, torch.ones(8)) or found.gain_db < 1e-6
+    assert found.gain_db < 1e-6
 
 
 def test_a_channel_that_hardly_woke_is_not_blown_up() -> None:
