@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,11 @@ def _operands(b: Lowering, dtype: torch.dtype, *items: Any) -> list[Held]:
     if b.compute == torch.float16 and dtype == torch.float16:
         values = [item.dtype for item in held if item.const is None and item.dtype.is_floating_point]
         dtype = torch.float32 if values and all(kind == torch.float32 for kind in values) else dtype
-    return [b.cast(item, dtype) if isinstance(item, Held) else b.constant(_number(b, item), dtype) for item in items]
+    made = [b.cast(item, dtype) if isinstance(item, Held) else b.constant(_number(b, item), dtype) for item in items]
+    if b.compute == torch.float16 and dtype == torch.float32:
+        # A float16 graph narrows its constants when they are written; beside wide values they have to stay wide.
+        made = [item if item.const is None else replace(item, exact=True, value=None) for item in made]
+    return made
 
 
 def _number(b: Lowering, item: Any) -> Any:

@@ -12,7 +12,7 @@ from export import onnx_carried
 from export.onnx_lowering import Held, Lowering, axis_of, dim, lowers
 from export.onnx_ops import _input, add, biased, binary, broadcast, where
 
-__all__: list[str] = []
+__all__ = ["product"]
 
 
 def product(b: Lowering, x: Held, y: Held) -> Held:

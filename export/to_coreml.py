@@ -50,10 +50,14 @@ class CoreMLExporter(Exporter):
     extra: ClassVar[str] = "coreml"
     filename: ClassVar[str] = "coreml/model.mlpackage"
 
-    target: Target = "iOS18"
-    precision: Literal["float16", "float32"] = "float16"
-    batch: PositiveInt = 1
-    shapes: Literal["fixed"] | list[Sizes] | Ranges = "fixed"
+    target: Target = Field("iOS18", description="Oldest system that opens the file; older ones hold fewer kinds of weights.")
+    precision: Literal["float16", "float32"] = Field("float16", description="Floats around the integers.")
+    batch: PositiveInt = Field(1, description="Rows that the file takes, where shapes does not free them.")
+    shapes: Literal["fixed"] | list[Sizes] | Ranges = Field(
+        "fixed",
+        description="fixed: the example's sizes; a list of {tokens: 64}: those sizes, the first by default; "
+        "{tokens: [1, 128]}: a range.",
+    )
 
     def missing(self) -> str | None:
         from importlib.util import find_spec
@@ -86,7 +90,7 @@ class CoreMLExporter(Exporter):
         library = coremltools()
         refused = self.refuses(source.model)
         if refused:
-            raise UserError(refused[0][0], refused[0][1], f"{len(refused)} sites are refused; see `compress plan`.")
+            raise UserError(refused[0][0], refused[0][1], f"{len(refused)} sites are refused.")
         self._check_shapes(source)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

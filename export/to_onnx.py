@@ -59,7 +59,7 @@ def lower(
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError("export.dynamic", f"the inputs have no dimension {name!r}",
                             f"Nearest: {near[0]}." if near else f"There is: {', '.join(sorted(known))}.")  # fmt: skip
-    program = lowerable(_traced(source, dynamic, batch))
+    program = _lowerable(_traced(source, dynamic, batch))
     lowering = Lowering(program, source.signature, dialect, opset, torch.float16 if half else torch.float32)
     model = lowering.run(source.signature.output_name)
     model.producer_name = "transformer-compress"
@@ -83,7 +83,7 @@ def _traced(source: Traceable, dynamic: tuple[str, ...], batch: int) -> Any:
         raise
 
 
-def lowerable(program: Any) -> Any:
+def _lowerable(program: Any) -> Any:
     """The program as it is where every operation has a lowering; else with the others decomposed by torch."""
     from export import onnx_carried, onnx_ops, onnx_ops_nn, onnx_ops_shape  # noqa: F401
     from export.onnx_lowering import LOWERINGS

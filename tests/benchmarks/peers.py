@@ -86,7 +86,7 @@ PEERS: dict[str, Callable[[Path, Path, Callable[[], Iterator[Arrays]]], None]] =
 
 
 def _main() -> None:
-    """``python peers.py NAME SOURCE OUT ROWS.npz``: makes one peer's file in a process of its own, so that its peak memory is its own."""
+    """``python peers.py NAME SOURCE OUT ROWS.npz``: makes one peer's file, in a process of its own."""
     name, source, out, stored = sys.argv[1:]
     arrays = dict(np.load(stored))
     count = next(iter(arrays.values())).shape[0]

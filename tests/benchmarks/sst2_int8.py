@@ -2,13 +2,14 @@
 
     python tests/benchmarks/sst2_int8.py [--out FOLDER] [--repeats N]
 
-Needs ``../shared`` (the fine-tuned MiniLM and SST-2). Every ratio is over the plain ``torch.onnx.export`` float file in the
-same runtime, one thread, no session options but the thread count. OpenVINO's precision hint is f32 for every file.
+Needs ``../shared`` (the fine-tuned MiniLM and SST-2). Every ratio, OpenVINO's too, is over the plain ``torch.onnx.export`` float file in
+ONNX Runtime, one thread, no session options but the thread count. OpenVINO's precision hint is f32 for every file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -42,10 +43,8 @@ def _watch(process: subprocess.Popen[bytes]) -> int:
 
     peak, parent = 0, psutil.Process(process.pid)
     while process.poll() is None:
-        try:
+        with contextlib.suppress(psutil.Error):
             peak = max(peak, sum(p.memory_info().rss for p in (parent, *parent.children(recursive=True))))
-        except psutil.Error:
-            pass
         time.sleep(0.02)
     return peak
 
@@ -84,7 +83,7 @@ def make(out: Path) -> dict[str, dict[str, Any]]:
     from compress.datasets import load_data
 
     data = load_data(recipe, source, evaluation=True)
-    rows = [batch for batch in data.calibration_batches()]
+    rows = list(data.calibration.batches(16))
     arrays = {name: torch.cat([batch[name] for batch in rows]).numpy() for name in source.signature.names}
     np.savez(out / "calibration.npz", **arrays)
     started = time.perf_counter()
@@ -93,7 +92,8 @@ def make(out: Path) -> dict[str, dict[str, Any]]:
     for name in PEERS:
         file = out / (name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "") + ".onnx")
         script = str(Path(__file__).parent / "peers.py")
-        seconds, peak, code = timed([sys.executable, script, name, str(out / "float.onnx"), str(file), str(out / "calibration.npz")])
+        given = [str(out / "float.onnx"), str(file), str(out / "calibration.npz")]
+        seconds, peak, code = timed([sys.executable, script, name, *given])
         if code:
             print(f"{name}: did not finish (exit {code})", file=sys.stderr)
             continue
@@ -212,13 +212,16 @@ def _show(rows: list[dict[str, Any]], made: dict[str, Any], costs: dict[str, Any
     from calibrate.latency import processor_name
     from compress.manifest import size_bytes
 
-    table = Table(title=f"SST-2, padded to 64 tokens, {rows[0]['rows']} rows, 1 thread, {processor_name()}", title_justify="left")
-    for heading in ("file", "accuracy", "agreement", "SQNR dB", "MB", "ORT b1", "ORT b8", "OpenVINO b1", "OpenVINO b8", "make s", "peak MB"):
+    title = f"SST-2, padded to 64 tokens, {rows[0]['rows']} rows, 1 thread, {processor_name()}"
+    table = Table(title=title, title_justify="left")
+    times = ("ORT b1", "ORT b8", "OpenVINO b1", "OpenVINO b8")
+    for heading in ("file", "accuracy", "agreement", "SQNR dB", "MB", *times, "make s", "peak MB"):
         table.add_column(heading, justify="left" if heading == "file" else "right")
     base = rows[0]
     for row in rows:
         cost = made.get(row["file"], costs["onnx"])
-        ratios = [f"{base[key] / row[key]:.2f}x" if key in row else "-" for key in ("b1_ms", "b8_ms", "openvino_b1_ms", "openvino_b8_ms")]
+        keys = ("b1_ms", "b8_ms", "openvino_b1_ms", "openvino_b8_ms")
+        ratios = [f"{base[key.removeprefix('openvino_')] / row[key]:.2f}x" if key in row else "-" for key in keys]
         peak = f"{cost['mb']:.0f}" if cost["mb"] else "-"
         table.add_row(
             row["file"], f"{row['accuracy']:.4f}", f"{row['agreement']:.4f}", f"{row['sqnr_db']:.1f}", f"{row['mb']:.1f}",
@@ -228,7 +231,8 @@ def _show(rows: list[dict[str, Any]], made: dict[str, Any], costs: dict[str, Any
     console.print(table)
     console.print(f"float file: {base['b1_ms']:.2f} ms at batch 1, {base['b8_ms']:.2f} ms at batch 8 in ONNX Runtime")
     for name, cost in costs.items():
-        console.print(f"compress apply --no-evaluation, {name}: {cost['seconds']:.1f} s, peak {cost['mb']:.0f} MB, exit {cost['exit']}")
+        took = f"{cost['seconds']:.1f} s, peak {cost['mb']:.0f} MB, exit {cost['exit']}"
+        console.print(f"compress apply --no-evaluation, {name}: {took}")
     for name in ("onnx/model.onnx", "coreml/model.mlpackage", "tensorrt/model.engine"):
         console.print(f"{name}: {size_bytes(out / 'all' / name) / 1e6:.2f} MB")
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
