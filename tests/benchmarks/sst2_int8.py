@@ -2,8 +2,8 @@
 
     python tests/benchmarks/sst2_int8.py [--out FOLDER] [--repeats N]
 
-Needs ``../shared`` (the fine-tuned MiniLM and SST-2). Every ratio, OpenVINO's too, is over the plain ``torch.onnx.export`` float file in
-ONNX Runtime, one thread, no session options but the thread count. OpenVINO's precision hint is f32 for every file.
+Needs ``../shared`` (the fine-tuned MiniLM and SST-2). Every ratio, OpenVINO's too, is over the plain ``torch.onnx.export`` float
+file in ONNX Runtime, one thread, no session options but the thread count. OpenVINO's precision hint is f32 for every file.
 """
 
 from __future__ import annotations

@@ -231,14 +231,30 @@ def test_tensorrt_dialect(way: dict[str, Any], float16: bool, tmp_path: Path) ->
 def test_activations_are_unsigned_and_shared(tmp_path: Path) -> None:
     model, signature, batch = quantized("text")
     model.key.activation, model.value.activation = model.query.activation, model.query.activation  # type: ignore[union-attr]
-    lowered = lower(Traceable(model, signature, batch))
-    quantizers = [node for node in lowered.graph if node.op_type == "QuantizeLinear"]
-    assert len(quantizers) == 4
-    assert all(node.inputs[2].const_value.numpy() == 128 for node in quantizers)
-    assert all(node.inputs[2].const_value.dtype == ir.DataType.UINT8 for node in quantizers)
+    source = Traceable(model, signature, batch)
+    for dialect in ("onnxruntime", "portable"):
+        lowered = lower(source, dialect)  # type: ignore[arg-type]
+        quantizers = [node for node in lowered.graph if node.op_type == "QuantizeLinear"]
+        assert len(quantizers) == 4
+        assert all(node.inputs[2].const_value.numpy() == 128 for node in quantizers)
+        assert all(node.inputs[2].const_value.dtype == ir.DataType.UINT8 for node in quantizers)
     held = [item for node in lowered.graph if node.op_type == "Add" for item in node.inputs if item.is_initializer()]
     assert len(held) == 6
     assert all(len(bias.shape) == 3 for bias in held), "a bias of one dimension makes ONNX Runtime build a float Gemm"
+
+
+def test_both_dialects_give_the_same_numbers(tmp_path: Path) -> None:
+    """The fused kernel, with the bias inside, is what ONNX Runtime makes of the Q/DQ of the portable file."""
+    model, signature, batch = quantized("text")
+    source, outputs = Traceable(model, signature, batch), []
+    for dialect in ("onnxruntime", "portable"):
+        lowered = lower(source, dialect)  # type: ignore[arg-type]
+        fused = [node for node in lowered.graph if node.op_type == "MatMulIntegerToFloat"]
+        assert len(fused) == (6 if dialect == "onnxruntime" else 0)
+        assert all(len(node.inputs) == 7 and len(node.inputs[6].shape) == 1 for node in fused)
+        write(lowered, tmp_path / f"{dialect}.onnx")
+        outputs.append(OnnxRunner(tmp_path / f"{dialect}.onnx", 1)(batch))
+    assert sqnr(outputs[0], outputs[1]) > 120
 
 
 def test_a_flipped_code_is_seen(tmp_path: Path) -> None:
@@ -254,7 +270,7 @@ def test_a_flipped_code_is_seen(tmp_path: Path) -> None:
     found, wanted = contents(tmp_path / "flipped.onnx").codes["query"], codes_of(model)["query"]
     assert np.argwhere(found != wanted).tolist() == [[5, 3]]
 
-    lowered = lower(source)
+    lowered = lower(source, "portable")
     quantizer = next(node for node in lowered.graph if node.op_type == "QuantizeLinear")
     zero = next(name for name, value in lowered.graph.initializers.items() if value is quantizer.inputs[2])
     lowered.graph.initializers[zero].const_value = ir.Tensor(np.array(121, np.uint8), name=zero)
