@@ -26,8 +26,12 @@ def weight_of(module: nn.Module, kind: str) -> Tensor:
 
 
 def matrix_shape(module: nn.Module, kind: str) -> tuple[int, int]:
-    """The weight seen as a matrix: (O, I)."""
-    shape = weight_of(module, kind).shape
+    """The weight seen as a matrix: (O, I); of a quantized layer too, which keeps a Conv1D's as [O, I]."""
+    if is_quantized(module):
+        codes: Any = module.quantized_weight
+        shape = torch.Size(codes.shape)
+    else:
+        shape = weight_of(module, kind).shape
     return shape[0], shape[1:].numel()
 
 

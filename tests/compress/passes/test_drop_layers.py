@@ -96,6 +96,19 @@ def test_what_cannot_be_dropped_is_refused(options: dict[str, Any], what: str, h
     assert hint in caught.value.hint
 
 
+def test_quantized_sublayers_and_blocks_are_dropped_too() -> None:
+    model, signature, rows = digits()
+    quantized = tried(Quantize(), model, signature, rows)
+    trial = tried(EXAMPLE, quantized.after, signature, rows)
+    for path in ("blocks.1.attn.proj", "blocks.2.mlp.fc2"):
+        gone = trial.after.get_submodule(path)
+        assert isinstance(gone, Absent)
+        assert gone.out_features == model.get_submodule("blocks.1.attn.proj").out_features
+    assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
+    other_way = tried(Quantize(), tried(EXAMPLE, model, signature, rows).after, signature, rows)
+    assert sqnr_db(other_way.outputs(other_way.after), trial.outputs(trial.after)) > 15
+
+
 def test_dropping_nothing_is_refused() -> None:
     with pytest.raises(ValidationError, match="at least one"):
         DropLayers()
