@@ -31,6 +31,7 @@ class Npz(Table):
         """
         self.path, self.name, self._inputs = path, name, list(inputs)
         members = self._members()
+        self.names = sorted(members)
         for wanted in self._inputs:
             if wanted not in members:
                 raise missing_column(name, wanted, sorted(members)) from None
@@ -132,7 +133,10 @@ class ArrayEncoder(Encoder):
     def encode(self, items: Sequence[Item], places: Sequence[str]) -> Batch:
         batch = {}
         for number, (name, dtype) in enumerate(self._dtypes.items()):
-            batch[name] = torch.from_numpy(np.stack([item[number] for item in items])).to(dtype)
+            made = batch[name] = torch.from_numpy(np.stack([item[number] for item in items])).to(dtype)
+            if dtype.is_floating_point and not (finite := made.flatten(1).isfinite().all(1)).all():
+                place = places[int(finite.logical_not().nonzero()[0])]
+                raise UserError(place, f"the array {name} holds NaN or infinity", "Take the row out, or repair it.")
         return batch
 
     def describe(self) -> dict[str, Any]:

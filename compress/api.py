@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["apply", "inspect", "validate"]
 
+_SECTION = re.compile(r"model(\.(source|task|checkpoint|roles))?|data(\.\w+)*")
 _MODEL = re.compile(r"(hf|timm|embedded):.*|.*\.py:[A-Za-z_]\w*")
 
 
@@ -46,7 +47,14 @@ def apply(
 
     found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
     folder = Path(out) if out is not None else Path("runs") / found.name
-    return run.apply(found, folder, trust=trust, evaluate=evaluate, progress=progress)
+    try:
+        return run.apply(found, folder, trust=trust, evaluate=evaluate, progress=progress)
+    except UserError as error:
+        if _SECTION.fullmatch(error.where):
+            error.where = f"{found.place(*error.where.split('.'))}: {error.where}"
+        elif error.where.startswith(("hf:", "timm:")):
+            error.where = f"{found.place('model', 'source')}: {error.where}"
+        raise
 
 
 def inspect(target: Recipe | str | Path, *, trust: bool = False) -> tuple[Source, Anatomy]:

@@ -3,6 +3,7 @@ by."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def build_rows(
         return digits_rows("test" if last else "calibration", part.selection, recipe.seed)
     if part.path is None:
         raise UserError(recipe.place("data", split), f"{split} names no path", "Give path: a file or folder.")
-    table, encoder = _READERS[spec.format](_Request(spec, part.path, recipe, source, tables if tables is not None else {}))
+    table, encoder = _READERS[spec.format](_Request(spec, split, part.path, recipe, source, tables if tables is not None else {}))
     indices = select(len(table), part.selection, seed=recipe.seed, where=f"{where}.rows", from_end=last)
     labels = _labels(table, indices, source, spec)
     return Rows(table, encoder, indices, labels, _chosen(part, recipe.seed))
@@ -155,6 +156,7 @@ class _Request:
     """What a reader of one format needs."""
 
     spec: DataSpec
+    split: str
     path: Path
     recipe: Recipe
     source: Source
@@ -163,9 +165,11 @@ class _Request:
     def table(self, make: Callable[[Path, str], Table], *key: object) -> Table:
         """The table of the file, made once."""
         file = self.recipe.path(self.path)
-        if not file.exists():
+        if not os.path.exists(file):  # never raises, however long the name
             near = _nearest_entry(file)
-            raise UserError(self.recipe.place("data"), f"there is no {self.path} (looked for at {file})", near)
+            sought = "" if file == self.path else f" (looked for at {file})"
+            place = self.recipe.place("data", self.split, "path")
+            raise UserError(place, f"there is no {self.path}{sought}", near)
         whole = (file.resolve(), *key)
         if whole not in self.tables:
             self.tables[whole] = make(file, str(self.path))
@@ -230,10 +234,13 @@ def _images(request: _Request) -> tuple[Table, Encoder]:
 
 def _arrays(request: _Request) -> tuple[Table, Encoder]:
     from calibrate.arrays import ArrayEncoder, Npz
+    from calibrate.text import missing_column
 
     label = str(request.columns.get("label", "labels"))
     table = request.table(lambda file, name: Npz(file, name, request.names, label), label)
     assert isinstance(table, Npz)
+    if "label" in request.columns and table.label_values() is None:
+        raise missing_column(table.name, label, table.names)
     for spec in request.source.signature.inputs:
         shape, floating = table.shapes[spec.name], table.dtypes[spec.name].kind == "f"
         fits = len(shape) == len(spec.shape) and all(
@@ -378,6 +385,6 @@ def _example(rows: Rows) -> Batch:
 def _nearest_entry(file: Path) -> str:
     import difflib
 
-    names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+    names = [entry.name for entry in file.parent.iterdir()] if os.path.isdir(file.parent) else []
     near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4)
     return f"Nearest: {', '.join(near)}." if near else f"{file.parent} {'has no such file' if names else 'does not exist'}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,22 +64,23 @@ def find_folder(name: str, base: Path) -> Path:
     """
     path = Path(name).expanduser()
     folder = path if path.is_absolute() else base / path
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, takes names of any length
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise UserError(f"hf:{name}", "is a file, not a folder", "Name the folder that holds config.json and model.safetensors.")
-    near = nearest(folder.name, [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else [])
+    told = f"hf:{name}" if len(name) <= 200 else f"hf:{name[:80]} ... ({len(name)} characters)"
+    names = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if os.path.isdir(folder.parent) else []
+    near = nearest(folder.name, names) if names else ""
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(
-            f"hf:{name}", "there is no such folder", near if folder.parent.is_dir() else f"No {folder.parent} either."
-        )
+        hint = near or "Name the folder that model.save_pretrained wrote, relative to the recipe, or a hub id (owner/name)."
+        raise UserError(told, "there is no such folder", hint)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the hub's own errors, the network's, and invalid ids
         reason = f"no such folder here, and the hub did not give it ({type(error).__name__})"
-        raise UserError(f"hf:{name}", reason, f"Folders are looked for from {base}. {near}") from None
+        raise UserError(told, reason, f"Folders are looked for from {base.resolve()}. {near}".rstrip()) from None
 
 
 def weight_files(folder: Path) -> list[Path]:

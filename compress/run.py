@@ -35,6 +35,7 @@ from export.graph import Traceable
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
+    from compress.yaml_positions import Step
 
 __all__ = ["Clock", "apply", "check", "prepare"]
 
@@ -91,8 +92,9 @@ def apply(
             rows.append(judge.float_row(lambda batch: source.signature.call(model, batch), float_bytes))
         with clock("float files"), progress.step("float files, to compare with"):
             traceable = Traceable(model, source.signature, example, source.name)
-            for exporter in recipe.export:
-                judge.floats[exporter.format] = exporter.write(traceable, _made(out / "baseline" / exporter.filename))
+            for number, exporter in enumerate(recipe.export):
+                with _placed(recipe, "export", number, exporter.format):
+                    judge.floats[exporter.format] = exporter.write(traceable, _made(out / "baseline" / exporter.filename))
             del traceable
             gc.collect()
 
@@ -110,7 +112,7 @@ def apply(
                 progress=progress.update,
             )
             before, started = inventory(model), time.perf_counter()
-            with _placed(recipe, number):
+            with _placed(recipe, "passes", number, step.name):
                 model = step.run(model, context)
             after = inventory(model)
             steps.append(_record(step, before, after, context.report, time.perf_counter() - started))
@@ -127,9 +129,10 @@ def apply(
 
     traceable, artifacts = Traceable(model, source.signature, example, source.name), {}
     promise: Promise | None = None
-    for exporter in recipe.export:
+    for number, exporter in enumerate(recipe.export):
         with clock(f"write {exporter.format}"), progress.step(f"{exporter.format}: write"):
-            artifact = exporter.write(traceable, _made(out / exporter.filename))
+            with _placed(recipe, "export", number, exporter.format):
+                artifact = exporter.write(traceable, _made(out / exporter.filename))
             artifacts[exporter.format] = artifact
             promise = promise or Promise.of(traceable)
         with clock(f"judge {exporter.format}"), progress.step(f"{exporter.format}: open, run, judge"):
@@ -168,7 +171,7 @@ def check(recipe: Recipe, model: nn.Module, anatomy: Anatomy) -> None:
     """
     for number, step in enumerate(recipe.passes):
         try:
-            with _placed(recipe, number):
+            with _placed(recipe, "passes", number, step.name):
                 step.targets(model, anatomy)
         except UserError:
             if number == 0:
@@ -187,12 +190,12 @@ def check(recipe: Recipe, model: nn.Module, anatomy: Anatomy) -> None:
 
 
 @contextmanager
-def _placed(recipe: Recipe, number: int) -> Iterator[None]:
-    """Puts the pass's place in the recipe before what a pass says of a mistake."""
+def _placed(recipe: Recipe, *path: Step) -> Iterator[None]:
+    """Puts the place of a pass or an exporter in the recipe before what it says of a mistake."""
     try:
         yield
     except UserError as error:
-        place = recipe.place("passes", number, recipe.passes[number].name)
+        place = recipe.place(*path)
         error.where = f"{place}: {error.where}" if error.where else place
         raise
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -261,7 +262,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(str(path), "there is no such file", nearest(path.name, _siblings(path)))
     if path.suffix != ".safetensors":
         hint = "Convert it where you trust it: safetensors.torch.save_file(state_dict, 'model.safetensors')."
@@ -278,7 +279,7 @@ def random_images(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def _siblings(path: Path) -> list[str]:
-    return [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
 
 
 def _embedded(name: str) -> Source:

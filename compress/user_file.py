@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,15 +88,16 @@ def _split(source: str, base: Path) -> tuple[Path, str]:
     if not file:
         raise UserError("model", f"{source!r} names no function", f"Write {source}:function.")
     path = base / Path(file).expanduser()
-    if not path.is_file():
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.isfile(path):  # unlike Path.is_file, takes names of any length
+        names = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         hint = nearest(path.name, names) if names else f"Files are looked for from {base}."
         raise UserError("model", f"there is no file {file}", hint)
     try:
         tree = ast.parse(path.read_text(), filename=file)
     except (SyntaxError, UnicodeDecodeError) as error:
         place = f"{file}:{error.lineno}:{error.offset}" if isinstance(error, SyntaxError) else file
-        raise UserError(place, f"is not valid Python ({error.__class__.__name__})", "") from None
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(place, f"is not valid Python: {reason}", f"See it with: python -m py_compile {file}.") from None
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
     imported = [alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
     assigned = [

@@ -64,7 +64,7 @@ def digits_rows(split: str = "test", selection: Selection = "all", seed: int = 0
     if split not in SPLITS:
         raise UserError("data", f"the embedded digits have no split {split!r}", f"There is: {', '.join(SPLITS)}.")
     numbers = np.sort(_arrays()[split])
-    positions = select(len(numbers), selection, seed=seed, where=f"embedded:digits, split {split}")
+    positions = select(len(numbers), selection, seed=seed, where=f"data.{'evaluation' if split == 'test' else split}.rows")
     indices = [int(numbers[position]) for position in positions]
     table = _Digits(split)
     labels = torch.from_numpy(_arrays()["labels"][indices]).long()

@@ -45,6 +45,17 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peak < 2e6
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_refused_with_its_number(tmp_path: Path, bad: float) -> None:
+    x = np.zeros((6, 2, 3), np.float32)
+    x[4, 1, 2] = bad
+    np.savez(tmp_path / "a.npz", x=x, n=np.arange(6))
+    rows = Rows(Npz(tmp_path / "a.npz", "a.npz", ["n", "x"]), ArrayEncoder({"n": torch.int64, "x": torch.float32}), range(1, 6))
+    with pytest.raises(UserError, match=r"^a.npz: row 4: the array x holds NaN or infinity"):
+        list(rows.batches(8))
+    assert len(list(Rows(rows.table, rows.encoder, [0, 1, 2, 3, 5]).batches(2))) == 3
+
+
 def test_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, x=np.zeros((4, 2)), short=np.zeros((3, 2)), scalar=np.zeros(()), fortran=np.zeros((4, 3), order="F"))

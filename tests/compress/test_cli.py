@@ -87,6 +87,25 @@ def test_a_mistake_is_one_line_with_its_place_and_exit_code_2(
     assert "Traceback" not in told.err
 
 
+@pytest.mark.parametrize(
+    ("model", "rest", "says"),
+    [
+        ("hf:./nowhere/at/all", "", ":1:8: hf:./nowhere/at/all: there is no such folder"),
+        ("embedded:none", "", ":1:8: model: no embedded model 'none'"),
+        ("embedded:digits-vit", "  calibration: {rows: 999999}\n", ":4:23: data.calibration.rows: 999999 rows asked for"),
+    ],
+)
+def test_mistakes_that_turn_up_later_have_their_place_too(
+    model: str, rest: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {model}\ndata:\n  format: embedded\n{rest}passes: []\nexport: []\n")
+    assert run(monkeypatch, "apply", str(path), "--out", str(tmp_path / "out")) == 2
+    told = capsys.readouterr().err
+    assert f"{path}{says}" in told
+    assert "Traceback" not in told
+
+
 def test_a_recipe_that_does_not_exist_names_the_nearest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

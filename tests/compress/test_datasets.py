@@ -259,6 +259,10 @@ def test_arrays_have_the_names_and_shapes_of_the_inputs(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", pixel_values=np.zeros((5, 3, 8, 6)))
     with pytest.raises(UserError, match=r"array pixel_values is \[5, 3, 8, 6\], the model takes \['batch', 3, 6, 8\]"):
         load_data(recipe(tmp_path, **spec), source("image-classification"))
+    np.savez(tmp_path / "a.npz", pixel_values=generator.normal(size=(5, 3, 6, 8)), label=np.zeros(5, np.int64))
+    assert load_data(recipe(tmp_path, **spec), source("image-classification")).metric is None
+    with pytest.raises(UserError, match=r"a.npz: there is no column .labl.\n  Nearest: label"):
+        load_data(recipe(tmp_path, **spec, columns={"label": "labl"}), source("image-classification"))
     np.savez(tmp_path / "a.npz", input_ids=np.zeros((5, 4)), attention_mask=np.ones((5, 4), np.int64))
     with pytest.raises(UserError, match="array input_ids is float64, the model takes integers"):
         load_data(recipe(tmp_path, **spec), source())
@@ -272,6 +276,7 @@ def test_arrays_have_the_names_and_shapes_of_the_inputs(tmp_path: Path) -> None:
     [
         ({"tokens": 64}, "64 tokens, tiny takes at most 32"),
         ({"calibration": {"path": "b.tsv"}}, r"there is no b.tsv .*\n  Nearest: a.tsv"),
+        ({"calibration": {"path": "b" * 5000 + ".tsv"}}, "has no such file"),
         ({"calibration": {"path": "a.tsv", "rows": 99}}, r"data.calibration.rows: 99 rows asked for, there are 9"),
         ({"calibration": {"path": "a.tsv", "rows": "4-9"}}, r"rows 4:10 of 9 rows"),
         ({"calibration": {"path": "a.log"}}, "a.log is of no known kind of text"),

@@ -247,6 +247,9 @@ def test_folders_that_are_not_models_are_refused(bert: Path, tmp_path: Path) -> 
 
     refuses("there is no such folder\n  Nearest: bert", "./brt")
     refuses("no such folder here, and the hub did not give it", "someone/bert")
+    refuses(r"a \.\.\. \(5000 characters\): no such folder here", "a" * 5000)
+    refuses(r"\(5000 characters\): there is no such folder\n  Name the folder", "a/" * 2500)
+    refuses("there is no such folder\n  Name the folder", "no/such/folder")
     original = (bert / "config.json").read_text()
     edited(bert, model_type="brt")
     refuses("unknown model_type 'brt'\n  Nearest: bert")
