@@ -264,12 +264,13 @@ def _print_table(console: Console, table: Table) -> None:
         console.print(table)
         return
     names, *figures = table.columns
-    heading = max(len(str(column.header)) for column in figures)
+    headings = [str(column.header).replace("\n", " ") for column in figures]
+    heading = max(map(len, headings))
     for number, name in enumerate(names.cells):
         console.print(Text(str(name), style="bold"))
-        for column in figures:
-            if cell := str(list(column.cells)[number]):
-                console.print(Text(f"  {column.header!s:{heading}}  {cell}"), soft_wrap=True)
+        for title, column in zip(headings, figures, strict=True):
+            if cell := str(list(column.cells)[number]).replace("\n", " "):
+                console.print(Text(f"  {title:{heading}}  {cell}"), soft_wrap=True)
 
 
 def _finish(report: Report) -> None:

@@ -167,15 +167,17 @@ def read(folder: Path) -> Report:
 
 
 def table(report: Report) -> Table:
-    """The final table: one row for float and one for each artifact."""
+    """The final table: one row for float and one for each artifact; intervals and ratios stand below their figures."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     latencies = sorted({latency.batch for row in report.rows for latency in row.latency})
     metric = next((row.metric.name for row in report.rows if row.metric), "metric")
-    made = Table(title=report.name, title_justify="left")
-    times = [f"ms, batch {batch}" for batch in latencies]
-    for heading in ("", f"{metric} [95 %]", "drop", "agreement", "SQNR dB", *times, "size", "validated"):
-        made.add_column(heading, justify="left" if heading in ("", "validated") else "right")
+    made = Table(title=report.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    times = [f"ms,\nbatch {batch}" for batch in latencies]
+    for heading in ("", f"{metric}\n[95 %]", "drop", "agreement", "SQNR dB", *times, "size", "validated"):
+        words = heading in ("", "validated")
+        made.add_column(heading, justify="left" if words else "right", max_width=24 if heading == "validated" else None)
     for row in report.rows:
         measured = {latency.batch: latency for latency in row.latency}
         made.add_row(
@@ -196,7 +198,7 @@ def _interval(figure: Figure | None) -> str:
         return "-"
     if figure.low is None or figure.high is None:
         return f"{figure.value:.4f}"
-    return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
+    return f"{figure.value:.4f}\n[{figure.low:.3f}, {figure.high:.3f}]"
 
 
 def _signed(figure: Figure | None) -> str:
@@ -204,7 +206,7 @@ def _signed(figure: Figure | None) -> str:
         return "-"
     if figure.low is None or figure.high is None:
         return f"{figure.value:+.4f}"
-    return f"{figure.value:+.4f} [{figure.low:+.4f}, {figure.high:+.4f}]"
+    return f"{figure.value:+.4f}\n[{figure.low:+.3f}, {figure.high:+.3f}]"
 
 
 def _share(share: Figure | None) -> str:
@@ -219,20 +221,20 @@ def _decibel(row: Row) -> str:
 
 def _time(latency: Latency | None, row: Row) -> str:
     if latency is None:
-        return "not measured" if row.path else "-"
-    return f"{latency.median_ms:.3g}" + (f" ({latency.ratio:.2f}x)" if latency.ratio is not None else "")
+        return "not\nmeasured" if row.path else "-"
+    return f"{latency.median_ms:.3g}" + (f"\n({latency.ratio:.2f}x)" if latency.ratio is not None else "")
 
 
 def _size(row: Row) -> str:
     if row.size_bytes is None:
         return "-"
     size = f"{row.size_bytes / 1e6:.2f} MB" if row.size_bytes >= 1e5 else f"{row.size_bytes / 1e3:.1f} kB"
-    return size + (f" ({row.size_ratio:.2f}x)" if row.size_ratio is not None else "")
+    return size + (f"\n({row.size_ratio:.2f}x)" if row.size_ratio is not None else "")
 
 
 def _validated(row: Row) -> str:
     words = {"reference": row.runtime, "none": f"not run: {row.note}" if row.note else "not run"}
-    return words.get(row.validated, f"{row.validated}: {row.runtime}")
+    return words.get(row.validated, f"{row.validated}: {row.runtime}".replace(" (", "\n("))
 
 
 if __name__ == "__main__":
