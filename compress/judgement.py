@@ -123,6 +123,7 @@ class Judge:
     def file(self, exporter: Exporter, artifact: Artifact, promise: Promise) -> list[Row]:
         """The rows of one written file: one for its runtime, one for each other runtime that takes the same file."""
         known = _described(exporter, artifact, promise, self.folder, self.floats.get(exporter.format))
+        known["details"]["run_in_float"] = exporter.kept_float(artifact.path)
         rows = [self._opened(exporter.format, exporter.open(artifact.path, self.threads), exporter, known, promise)]
         for label, runner in exporter.also(artifact.path, self.threads):
             try:

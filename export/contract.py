@@ -121,6 +121,10 @@ class Exporter(BaseModel, ABC):
         """Other runtimes that take the same file, by label (``openvino`` for an ONNX file); opened one after the other."""
         return iter(())
 
+    def kept_float(self, path: Path) -> list[str]:
+        """Quantized layers (module paths) that the runtime would run in floating point, as far as it can be told."""
+        return []
+
     @abstractmethod
     def contents(self, path: Path) -> Contents:
         """Reads the file again and tells what it stores; never from memory of having written it."""
