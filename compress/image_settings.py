@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.errors import UserError
+from compress.sources import need
 
 __all__ = ["hf_preprocessing"]
 
@@ -72,6 +73,7 @@ def _size(size: Any) -> list[int] | int | None:
 def _class_defaults(transformers: Any, model_type: str) -> tuple[dict[str, Any], str]:
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
+    need("PIL", "hf")  # without it the class is a stand-in that raises on every look at it
     entry = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
     name = entry.get("pil") if isinstance(entry, dict) else None
     found = getattr(transformers, name, None) if name else None

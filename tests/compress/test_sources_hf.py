@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibrate.errors import UserError
+from calibrate.errors import MissingRuntime, UserError
 from calibrate.fidelity import sqnr_db
 from compress.sources import load_model, rebuild_model, settle_torchvision
 
@@ -225,6 +226,10 @@ def test_preprocessing_comes_from_the_folder_or_from_the_class(tmp_path: Path) -
     assert source.preprocessing["size"] == source.preprocessing["resize"] == [16, 16]
     assert source.preprocessing["mean"] == [0.5, 0.5, 0.5]
     assert "ViTImageProcessor" in source.preprocessing["from"]
+    with pytest.MonkeyPatch.context() as without:
+        without.setitem(sys.modules, "PIL", None)
+        with pytest.raises(MissingRuntime, match="PIL is not installed"):
+            load_model("hf:vit", base=tmp_path)
     said = {"size": {"shortest_edge": 20}, "crop_size": 16, "do_center_crop": True, "image_mean": [0.1, 0.2, 0.3], "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(said))
     found = load_model("hf:vit", base=tmp_path).preprocessing
