@@ -150,11 +150,13 @@ class _Sweep:
     number: int = 0
     size: int = 0
     mask: Tensor | None = None
+    numbers: Tensor | None = None
     ran: set[str] = field(default_factory=set)
     unmasked: set[str] = field(default_factory=set)
 
     def start(self, number: int, batch: Batch) -> None:
         self.number, self.size, self.mask = number, _rows(batch), batch.get("attention_mask")
+        self.numbers = batch.get("calibration_row")
         self.rows += self.size
 
     def observe(self, path: str, module: nn.Module, x: Tensor) -> None:
@@ -180,7 +182,8 @@ class _Sweep:
         kind = "NaN" if bool((values.isnan() & bad).any()) else "infinity"
         where = f"batch {self.number}"
         if values.shape[0] % self.size == 0:
-            row = self.rows - self.size + position * self.size // values.shape[0]
+            place = position * self.size // values.shape[0]
+            row = self.rows - self.size + place if self.numbers is None else int(self.numbers[place])
             where += f", row {row} of the calibration rows (counted from 0)"
         return UserError(
             path,

@@ -277,6 +277,9 @@ def _finish(report: Report) -> None:
     from compress.report import table
 
     _print_table(_console(), table(report))
+    for step in report.steps:
+        for said in (*step.report.get("ties", []), *(f"{p}: {why}" for p, why in step.report.get("skipped", {}).items())):
+            print(f"{step.name}: {said}")
     for limit in report.limits:
         if not limit.met:
             print(f"missed: {limit.line}: {limit.says}")

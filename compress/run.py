@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -201,7 +202,7 @@ def _placed(recipe: Recipe, *path: Step) -> Iterator[None]:
 
 
 def prepare(out: Path, recipe: Recipe) -> None:
-    """Makes the run folder and puts the recipe into it.
+    """Makes the run folder and puts the recipe into it; files of an earlier run in it are removed.
 
     Raises:
         UserError: the folder holds something that is not a run, or cannot be written.
@@ -211,8 +212,10 @@ def prepare(out: Path, recipe: Recipe) -> None:
         raise UserError(str(out), "exists and is not a run folder", "Name another folder with --out, or remove it.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for stale in ("report.json", "manifest.json"):
+        for stale in ("report.json", "validation.json", "manifest.json", "kept.safetensors", "model.safetensors"):
             (out / stale).unlink(missing_ok=True)
+        for stale in ("onnx", "coreml", "tensorrt", "baseline", "source"):
+            shutil.rmtree(out / stale, ignore_errors=True)
         unfinished = out / ".recipe.yaml.part"
         unfinished.write_text(recipe.text)
         os.replace(unfinished, marker)

@@ -136,7 +136,5 @@ def signature_json(signature: Signature) -> dict[str, Any]:
 
 def signature_from(plain: dict[str, Any]) -> Signature:
     """The inverse of ``signature_json``."""
-    inputs = tuple(
-        TensorSpec(spec["name"], getattr(torch, spec["dtype"]), tuple(spec["shape"])) for spec in plain["inputs"]
-    )
+    inputs = tuple(TensorSpec(spec["name"], getattr(torch, spec["dtype"]), tuple(spec["shape"])) for spec in plain["inputs"])
     return Signature(inputs, plain["output"], plain["output_name"], plain["constants"])

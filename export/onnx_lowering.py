@@ -404,6 +404,8 @@ class Lowering:
         if order == list(range(held.rank)):
             return held
         shape = tuple(held.shape[axis] for axis in order)
+        if held.const is not None and held.rank == 2 and held.const.data_ptr() in self.tables:
+            return self.op("Transpose", self.pinned(held), shape=shape, dtype=held.dtype, perm=list(order))
         if held.const is not None:
             return Held(shape, held.dtype, const=held.const.permute(order), name=held.name)
         if held.iota is not None:
@@ -631,9 +633,12 @@ class Lowering:
         return held.const.expand(traced.shape).to(traced.dtype)
 
     def _tables(self) -> None:
-        """Finds codes that are read as a table: they keep their [V, C] layout in the file."""
+        """Finds codes and weights that are read as a table: they keep their [V, C] layout in the file, also where a product
+        reads them too (a tied head)."""
+        places = {"compress.embedding.default": 1, "aten.embedding.default": 0}
         for node in self.program.graph.nodes:
-            if str(node.target) == "compress.embedding.default" and (held := self.env.get(node.args[1])) is not None:
+            place = places.get(str(node.target))
+            if place is not None and (held := self.env.get(node.args[place])) is not None and held.const is not None:
                 self.tables.add(held.const.data_ptr())
 
     def codes_storage(self, carried: Carried) -> str:

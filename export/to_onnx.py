@@ -150,8 +150,8 @@ class OnnxExporter(Exporter):
     def missing(self) -> str | None:
         absent = [name for name in ("onnx", "onnx_ir", "onnxruntime") if importlib.util.find_spec(name) is None]
         if self.openvino is True and importlib.util.find_spec("openvino") is None:
-            return "openvino is not installed: pip install 'transformer-compress[openvino]'"
-        return f"{', '.join(absent)} not installed: pip install 'transformer-compress[onnx]'" if absent else None
+            return "openvino is not installed (extra openvino)"
+        return f"{', '.join(absent)} not installed" if absent else None
 
     @property
     def wants_openvino(self) -> bool:

@@ -235,10 +235,7 @@ def _profile(source: Traceable, ranges: Mapping[str, list[int]]) -> dict[str, li
     sizes = _sizes(source)
 
     def shape(spec: TensorSpec, which: int) -> list[int]:
-        return [
-            size if isinstance(size, int) else ranges[size][which] if size in ranges else sizes[size]
-            for size in spec.shape
-        ]
+        return [size if isinstance(size, int) else ranges[size][which] if size in ranges else sizes[size] for size in spec.shape]
 
     return {
         spec.name: [shape(spec, which) for which in range(3)]

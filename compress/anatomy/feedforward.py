@@ -12,9 +12,35 @@ __all__ = ["FeedForward", "find_feedforward"]
 
 NONLINEAR = frozenset(
     {
-        "relu", "relu6", "gelu", "silu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "tanh", "erf",
-        "leaky_relu", "elu", "selu", "celu", "softplus", "mish", "pow", "square", "exp", "clamp", "clamp_min",
-        "glu", "prelu", "rrelu", "threshold", "softsign", "log_sigmoid", "log_sigmoid_forward", "maximum",
+        "relu",
+        "relu6",
+        "gelu",
+        "silu",
+        "sigmoid",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "tanh",
+        "erf",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "softplus",
+        "mish",
+        "pow",
+        "square",
+        "exp",
+        "clamp",
+        "clamp_min",
+        "glu",
+        "prelu",
+        "rrelu",
+        "threshold",
+        "softsign",
+        "log_sigmoid",
+        "log_sigmoid_forward",
+        "maximum",
     }
 )
 

@@ -50,9 +50,7 @@ class _Reading:
     """Identities of the tensors that the graph reads in any way."""
 
 
-def find(
-    model: nn.Module, signature: Signature, example: Batch, roles: Mapping[str, Sequence[str]] | None = None
-) -> Anatomy:
+def find(model: nn.Module, signature: Signature, example: Batch, roles: Mapping[str, Sequence[str]] | None = None) -> Anatomy:
     """The parts of a model, from its own traced graph; the model is not changed.
 
     Args:
@@ -136,9 +134,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Reading:
     return reading
 
 
-def _blocks(
-    flow: Flow, attentions: list[Attention], feedforwards: list[FeedForward], joins: set[int]
-) -> dict[str, list[Unit]]:
+def _blocks(flow: Flow, attentions: list[Attention], feedforwards: list[FeedForward], joins: set[int]) -> dict[str, list[Unit]]:
     """Blocks by path. A chain with filters inside is an MLP only where a block with attention has one of the same make."""
     blocks = group(flow.model, units(flow, [*attentions, *feedforwards], joins))
     make = {
@@ -156,15 +152,8 @@ def _among(part: FeedForward, kept: list[Attention | FeedForward], flow: Flow) -
     """Whether the MLP, or the same layers called at another time, is part of a block."""
     paths = {flow.projections[index].path for index in part.projections}
     return any(
-        {flow.projections[index].path for index in other.projections} == paths
-        for other in kept
-        if isinstance(other, FeedForward)
+        {flow.projections[index].path for index in other.projections} == paths for other in kept if isinstance(other, FeedForward)
     )
-
-
-
-
-
 
 
 def _kind(weight: Weight) -> Kind:
@@ -174,8 +163,6 @@ def _kind(weight: Weight) -> Kind:
 
 def _vector_shape(module: nn.Module) -> tuple[int, ...]:
     return next((tuple(p.shape) for p in module._parameters.values() if p is not None), ())
-
-
 
 
 def _assemble(model: nn.Module, reading: _Reading, given: Mapping[str, Any]) -> Anatomy:
@@ -196,9 +183,7 @@ def _assemble(model: nn.Module, reading: _Reading, given: Mapping[str, Any]) -> 
     loose, inside = _split_flops(reading.product_flops, paths)
     blocks = [_block(model, index, path, reading.blocks[path], sites, inside[index]) for index, path in enumerate(paths)]
     unplaced = [path for path in ledger.entries if path in generic]
-    return Anatomy(
-        type(model).__name__, tuple(sites), tuple(blocks), reading.joins, tuple(unplaced), loose, tuple(given)
-    )
+    return Anatomy(type(model).__name__, tuple(sites), tuple(blocks), reading.joins, tuple(unplaced), loose, tuple(given))
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:

@@ -18,22 +18,79 @@ __all__ = ["Flow", "Step", "Weight", "members"]
 
 LAYOUT = frozenset(
     {
-        "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "mT", "numpy_T", "contiguous", "clone",
-        "to", "_to_copy", "type_as", "slice", "select", "split", "split_with_sizes", "chunk", "unbind",
-        "getitem", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "flatten", "unflatten", "alias",
-        "detach", "lift", "lift_fresh_copy", "roll", "flip", "dropout", "feature_dropout", "cat", "concat",
-        "stack", "pad", "constant_pad_nd", "index", "narrow", "movedim", "moveaxis", "swapaxes",
-        "native_dropout", "float", "dequantize", "quantize_dequantize", "quantize_dequantize_dynamic", "im2col",
-        "col2im", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "permute",
+        "transpose",
+        "t",
+        "mT",
+        "numpy_T",
+        "contiguous",
+        "clone",
+        "to",
+        "_to_copy",
+        "type_as",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "getitem",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "repeat",
+        "flatten",
+        "unflatten",
+        "alias",
+        "detach",
+        "lift",
+        "lift_fresh_copy",
+        "roll",
+        "flip",
+        "dropout",
+        "feature_dropout",
+        "cat",
+        "concat",
+        "stack",
+        "pad",
+        "constant_pad_nd",
+        "index",
+        "narrow",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "native_dropout",
+        "float",
+        "dequantize",
+        "quantize_dequantize",
+        "quantize_dequantize_dynamic",
+        "im2col",
+        "col2im",
+        "avg_pool2d",
+        "max_pool2d",
+        "adaptive_avg_pool2d",
     }
 )
 """Operations that move, copy or pick values (or average neighbours); what they give is still the same hidden state."""
 
 NORMS = frozenset(
     {
-        "layer_norm", "native_layer_norm", "batch_norm", "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm", "group_norm",
-        "native_group_norm", "rms_norm", "_fused_rms_norm", "instance_norm",
+        "layer_norm",
+        "native_layer_norm",
+        "batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "cudnn_batch_norm",
+        "native_batch_norm",
+        "group_norm",
+        "native_group_norm",
+        "rms_norm",
+        "_fused_rms_norm",
+        "instance_norm",
     }
 )
 ROOTS = frozenset({"rsqrt", "sqrt", "norm", "linalg_vector_norm", "var", "var_mean", "std", "std_mean"})
@@ -41,9 +98,7 @@ ROOTS = frozenset({"rsqrt", "sqrt", "norm", "linalg_vector_norm", "var", "var_me
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 _REGIONS = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled"})
-PRODUCTS = frozenset(
-    {"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
-)
+PRODUCTS = frozenset({"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 """Products of two tensors; the grouped ones multiply each token by the matrix of its expert."""
 
 

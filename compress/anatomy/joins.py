@@ -38,9 +38,7 @@ def _joins(flow: Flow, index: int, work: int, joins: set[int]) -> bool:
     sides = flow.steps[index].inputs
     if len(sides) != 2:
         return False
-    return any(
-        _is_source(flow, skip, branch, work, joins) for skip, branch in ((sides[0], sides[1]), (sides[1], sides[0]))
-    )
+    return any(_is_source(flow, skip, branch, work, joins) for skip, branch in ((sides[0], sides[1]), (sides[1], sides[0])))
 
 
 def _is_source(flow: Flow, skip: int, branch: int, work: int, joins: set[int]) -> bool:

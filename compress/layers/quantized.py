@@ -172,9 +172,7 @@ class QuantConv2d(_Quantized):
         return super().config() | geometry
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            self.input(x), self.quantized_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(self.input(x), self.quantized_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantEmbedding(_Quantized):
@@ -204,9 +202,7 @@ class QuantEmbedding(_Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.quantized_weight
-        values: Tensor = ops.embedding(
-            ids, table.codes, table.scale, table.zero_point, table.grid.bits, list(table.shape)
-        )
+        values: Tensor = ops.embedding(ids, table.codes, table.scale, table.zero_point, table.grid.bits, list(table.shape))
         return values
 
 

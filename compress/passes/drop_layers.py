@@ -84,9 +84,7 @@ class DropLayers(Pass):
         gone = self._numbered(anatomy, self.blocks, "blocks")
         for block in gone:
             if block.container is None:
-                raise UserError(
-                    self.name, f"{block.path} is in no list of blocks", "Only blocks in a list can be dropped."
-                )
+                raise UserError(self.name, f"{block.path} is in no list of blocks", "Only blocks in a list can be dropped.")
             inside = [other for other in anatomy.blocks if other.container == block.container]
             if all(other in gone for other in inside):
                 raise UserError(
@@ -132,9 +130,7 @@ class DropLayers(Pass):
             if site.kind not in ("linear", "conv1d"):
                 reason = reason or f"it is a {site.kind}, and only linear layers can be taken out"
             if reason:
-                raise UserError(
-                    self.name, f"{site.path} cannot be taken out: {reason}", f"Leave block {block.index} off {part}."
-                )
+                raise UserError(self.name, f"{site.path} cannot be taken out: {reason}", f"Leave block {block.index} off {part}.")
         yield from sites
 
 

@@ -114,9 +114,7 @@ class Quantize(Pass):
         return self
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
-        return [
-            Target(job.site.path, ", ".join(job.site.roles), self._action(job)) for job in self._plan(model, anatomy)[0]
-        ]
+        return [Target(job.site.path, ", ".join(job.site.roles), self._action(job)) for job in self._plan(model, anatomy)[0]]
 
     def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
         with torch.device("meta"):
@@ -152,9 +150,7 @@ class Quantize(Pass):
             if site.kind != "other" and is_quantized(model.get_submodule(site.path)):
                 if site.path in left:
                     continue
-                raise UserError(
-                    self.name, f"{site.path} is quantized already", f"Leave it out with skip: [{site.path}]."
-                )
+                raise UserError(self.name, f"{site.path} is quantized already", f"Leave it out with skip: [{site.path}].")
             reason = "named under skip" if site.path in left else obstacle(model, site.path, site.kind)
             if reason:
                 skipped[site.path] = reason
@@ -172,7 +168,10 @@ class Quantize(Pass):
         else:
             chosen = {site.path for site in anatomy.select(self.sites, self.name) if site.kind != "norm"}
         if self.embeddings is not None:
-            chosen |= {site.path for site in anatomy.sites if site.kind == "embedding" or _is_table(site)}
+            tables = {site.path for site in anatomy.sites if site.kind == "embedding" or _is_table(site)}
+            if not tables:
+                raise UserError(self.name, "embeddings: the model has no embedding table", "Leave embeddings out.")
+            chosen |= tables
         return chosen
 
     def _grid(self, model: nn.Module, site: Site) -> Grid:
@@ -243,14 +242,11 @@ class Quantize(Pass):
             leader, columns = leaders.get(path, path), _column_energy(model.get_submodule(path), kind)
             importance[leader] = importance[leader] + columns if leader in importance else columns
         made = {
-            leader: (range_observer(self.range, self.percentile, energy), Channels())
-            for leader, energy in importance.items()
+            leader: (range_observer(self.range, self.percentile, energy), Channels()) for leader, energy in importance.items()
         }
         return {path: made[leaders.get(path, path)] for path in kinds}
 
-    def _convert(
-        self, model: nn.Module, context: Context, job: _Job, captured: Captured | None, ties: Ties
-    ) -> dict[str, Any]:
+    def _convert(self, model: nn.Module, context: Context, job: _Job, captured: Captured | None, ties: Ties) -> dict[str, Any]:
         """Replaces one module and says what was done."""
         path, kind = job.site.path, job.site.kind
         module = model.get_submodule(path)

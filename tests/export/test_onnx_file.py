@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calibrate.errors import UserError
 from calibrate.signature import Signature, TensorSpec
@@ -149,3 +149,27 @@ def test_data_dependent_shapes_are_named(tmp_path: Path) -> None:
     source = Traceable(Masked(), Signature((TensorSpec("x", torch.float32, ("batch", 4)),)), {"x": torch.randn(2, 4)})
     with pytest.raises(UserError):
         lower(source)
+
+
+def test_a_tied_float_table_is_stored_once(tmp_path: Path) -> None:
+    """A head that shares the embedding reads it through a Transpose, which runtimes fold when they load the file."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(500, 32), nn.Linear(32, 500, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.table(ids))
+            return logits
+
+    model, ids = Tied().eval(), torch.randint(0, 500, (2, 7))
+    signature = Signature((TensorSpec("ids", torch.int64, ("batch", 7)),))
+    path = tmp_path / "tied.onnx"
+    artifact = OnnxExporter(openvino=False).write(Traceable(model, signature, {"ids": ids}), path)
+    assert artifact.size_bytes < 1.2 * 4 * 500 * 32
+    with torch.no_grad():
+        reference = model(ids)
+    made = OnnxExporter().open(path, 1)({"ids": ids})
+    assert 10 * torch.log10(reference.square().sum() / (reference - made).square().sum().clamp(min=1e-30)) > 100

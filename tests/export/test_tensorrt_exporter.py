@@ -256,9 +256,7 @@ class Tied(nn.Module):
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize(("bits", "static"), [(8, True), (4, False)])
 @pytest.mark.parametrize("kind", [Patches, Tied])
-def test_convolutions_and_tied_tables_keep_their_codes(
-    kind: type[nn.Module], bits: int, static: bool, tmp_path: Path
-) -> None:
+def test_convolutions_and_tied_tables_keep_their_codes(kind: type[nn.Module], bits: int, static: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = kind(Grid(bits), {"kind": "static", "symmetric": True} if static else None).eval()
     signature, example = _signature(), _example()
