@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from calibrate.errors import MissingRuntime, UserError
+from calibrate.errors import UserError
 from calibrate.inventory import difference, inventory
 from calibrate.signature import Batch
 from compress import manifest, report
@@ -25,10 +25,11 @@ from compress.anatomy import Anatomy, find
 from compress.datasets import Data, load_data
 from compress.judgement import Judge, Promise, unjudged, verdict, with_float_times
 from compress.passes.contract import Context, Pass, evaluating
+from compress.preparation import model_of, require_runtimes
 from compress.progress import Progress
 from compress.report import Report, Row, StepRecord
 from compress.saved import save, signature_json
-from compress.sources import Source, load_model
+from compress.sources import Source
 from compress.surgery import Surgery
 from compress.validation import keep_rows
 from export.contract import Artifact
@@ -62,21 +63,12 @@ def apply(
         UserError: what the user can change (exit code 2); ``MissingRuntime`` where a library is absent (exit code 3).
     """
     progress, clock = progress or Progress(), Clock()
-    for exporter in recipe.export:
-        if reason := exporter.missing():
-            raise MissingRuntime(f"export.{exporter.format}", reason, f"pip install 'transformer-compress[{exporter.extra}]'")
+    require_runtimes(recipe)
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
 
     with clock("load"), progress.step("load model and data"):
-        source = load_model(
-            recipe.model.source,
-            base=recipe.base,
-            trust=trust,
-            task=recipe.model.task,
-            checkpoint=recipe.model.checkpoint,
-            seed=recipe.seed,
-        )
+        source = model_of(recipe, trust)
         data = load_data(recipe, source, evaluation=evaluate)
         model, example = source.model, data.example
     with clock("anatomy"), progress.step("find the parts of the model"):

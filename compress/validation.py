@@ -20,6 +20,7 @@ from calibrate.signature import Batch
 from compress import manifest, report
 from compress.judgement import Judge, Promise, verdict, with_float_times
 from compress.passes.contract import evaluating
+from compress.preparation import model_of, require_runtimes
 from compress.progress import Progress
 from compress.report import Limit, Report, Row
 from compress.saved import load
@@ -85,9 +86,7 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
     told: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     recipe = read(folder / "recipe.yaml", base=(folder / told["base"]).resolve())
     before = report.read(folder)
-    for exporter in recipe.export:
-        if reason := exporter.missing():
-            raise MissingRuntime(f"export.{exporter.format}", reason, f"pip install 'transformer-compress[{exporter.extra}]'")
+    require_runtimes(recipe)
     torch.set_num_threads(recipe.threads)
     limits = _unchanged(folder, told)
     with progress.step("load the compressed model"):
@@ -122,7 +121,6 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
 def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: Progress) -> tuple[Judge, Row, Row, str]:
     """A judge with its references, on all evaluation rows where they can be reached, else on the kept ones."""
     from compress.datasets import load_data
-    from compress.sources import load_model
 
     task = report.read(folder).model["task"]
 
@@ -142,14 +140,7 @@ def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: P
     size = manifest.size_bytes(folder / "model.safetensors")
     try:
         with progress.step("load the float model and the data"):
-            source = load_model(
-                recipe.model.source,
-                base=recipe.base,
-                trust=trust,
-                task=recipe.model.task,
-                checkpoint=recipe.model.checkpoint,
-                seed=recipe.seed,
-            )
+            source = model_of(recipe, trust)
             data = load_data(recipe, source, evaluation=True)
     except MissingRuntime:
         raise
