@@ -74,6 +74,9 @@ def apply(
     with clock("anatomy"), progress.step("find the parts of the model"):
         anatomy = _anatomy(recipe, source, model, example)
         check(recipe, model, anatomy)
+        for number, exporter in enumerate(recipe.export):
+            with _placed(recipe, "export", number, exporter.format):
+                exporter.check(Traceable(model, source.signature, example, source.name))
     prepare(out, recipe)
 
     judge = _judge(recipe, source, data, out, progress)

@@ -109,6 +109,14 @@ class Exporter(BaseModel, ABC):
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
         """(module path, reason) for each carried value of the compressed model that the runtime cannot hold. Cheap."""
 
+    def check(self, source: Traceable) -> None:
+        """Compares the options with what the model takes, without tracing it.
+
+        Raises:
+            UserError: an option names what the model does not have.
+        """
+        return
+
     @abstractmethod
     def write(self, source: Traceable, path: Path) -> Artifact:
         """Writes the model to ``path``; raises ``UserError`` for what the user can change."""

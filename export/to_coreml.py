@@ -91,7 +91,7 @@ class CoreMLExporter(Exporter):
         refused = self.refuses(source.model)
         if refused:
             raise UserError(refused[0][0], refused[0][1], f"{len(refused)} sites are refused.")
-        self._check_shapes(source)
+        self.check(source)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".coreml-", dir=path.parent))
@@ -203,7 +203,7 @@ class CoreMLExporter(Exporter):
         )
         return int(given) if sizes[0] <= given <= sizes[1] else sizes[1]
 
-    def _check_shapes(self, source: Traceable) -> None:
+    def check(self, source: Traceable) -> None:
         """Raises ``UserError`` for unknown dimensions, empty ranges, and what the target lacks."""
         known = {size for spec in source.signature.inputs for size in spec.shape if isinstance(size, str)}
         named = [] if self.shapes == "fixed" else [self.shapes] if isinstance(self.shapes, dict) else self.shapes

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -53,12 +53,7 @@ def lower(
     from export.onnx_lowering import Lowering
 
     half = dialect == "tensorrt" if float16 is None else float16
-    known = {size for spec in source.signature.inputs for size in spec.shape if isinstance(size, str)}
-    for name in dynamic:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError("export.dynamic", f"the inputs have no dimension {name!r}",
-                            f"Nearest: {near[0]}." if near else f"There is: {', '.join(sorted(known))}.")  # fmt: skip
+    _check_dimensions(source, dynamic)
     program = _lowerable(_traced(source, dynamic, batch))
     lowering = Lowering(program, source.signature, dialect, opset, torch.float16 if half else torch.float32)
     model = lowering.run(source.signature.output_name)
@@ -81,6 +76,15 @@ def _traced(source: Traceable, dynamic: tuple[str, ...], batch: int) -> Any:
             raise UserError("export", f"the model cannot be traced with dynamic {list(dynamic)}: {first}",
                             "Leave the dimension fixed, or change the model's forward.") from error  # fmt: skip
         raise
+
+
+def _check_dimensions(source: Traceable, dynamic: Iterable[str]) -> None:
+    known = {size for spec in source.signature.inputs for size in spec.shape if isinstance(size, str)}
+    for name in dynamic:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Nearest: {near[0]}." if near else f"There is: {', '.join(sorted(known))}."
+            raise UserError("export.dynamic", f"the inputs have no dimension {name!r}", hint)
 
 
 def _lowerable(program: Any) -> Any:
@@ -152,6 +156,9 @@ class OnnxExporter(Exporter):
         if self.openvino is True and importlib.util.find_spec("openvino") is None:
             return "openvino is not installed (extra openvino)"
         return f"{', '.join(absent)} not installed" if absent else None
+
+    def check(self, source: Traceable) -> None:
+        _check_dimensions(source, self.dynamic)
 
     @property
     def wants_openvino(self) -> bool:

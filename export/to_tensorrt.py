@@ -175,6 +175,9 @@ class TensorRTExporter(Exporter):
             )
         return builder
 
+    def check(self, source: Traceable) -> None:
+        self._ranges(source)
+
     def _ranges(self, source: Traceable) -> dict[str, list[int]]:
         """[minimum, optimum, maximum] of each dynamic dimension."""
         sizes = _sizes(source)

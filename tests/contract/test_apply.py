@@ -194,6 +194,17 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path: Path, change
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "option", ["onnx: {dynamic: [batch, tokns]}", "coreml: {shapes: {tokns: [1, 8]}}", "tensorrt: {dynamic: [btch]}"]
+)
+def test_a_dimension_that_does_not_exist_is_refused_before_anything_runs(tmp_path: Path, option: str) -> None:
+    head, _, tail = RECIPE.partition("  - onnx: {openvino: false}\n  - coreml\n  - tensorrt\n")
+    tail = tail.replace(", tensorrt: {size_ratio: 9}", "")
+    with pytest.raises(UserError, match=r"digits.yaml:6:\d+: .*no dimension"):
+        apply(read(recipe_file(tmp_path, f"{head}  - {option}\n{tail}")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_other_things_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
