@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import Batch, Signature, TensorSpec
+from compress.layers.attention import split_attention
 
 if TYPE_CHECKING:
     from compress.huggingface_folder import Tokenizer
@@ -111,6 +112,14 @@ def load_model(
     Raises:
         UserError: no such source, or it cannot be read; ``MissingRuntime`` where its library is absent.
     """
+    loaded = _load(source, base=base, trust=trust, task=task, checkpoint=checkpoint, seed=seed)
+    if count := split_attention(loaded.model):
+        note = f"{count} torch.nn.MultiheadAttention taken apart into linear layers (the same function)"
+        loaded = replace(loaded, notes=(*loaded.notes, note))
+    return loaded
+
+
+def _load(source: str, *, base: Path, trust: bool, task: str, checkpoint: Path | None, seed: int) -> Source:
     if task != "auto" and task not in get_args(Task):
         raise UserError("model.task", f"unknown task {task!r}", nearest(task, ["auto", *get_args(Task)]))
     kind, _, rest = source.partition(":")
@@ -148,6 +157,12 @@ def rebuild_model(rebuild: dict[str, Any], folder: Path, trust: bool = False) ->
     Raises:
         UserError: the description is not known, or it needs ``trust``.
     """
+    model = _rebuild(rebuild, folder, trust)
+    split_attention(model)
+    return model
+
+
+def _rebuild(rebuild: dict[str, Any], folder: Path, trust: bool) -> nn.Module:
     kind = rebuild.get("kind")
     if kind == "embedded":
         from compress.embedded import digits_model

@@ -1,6 +1,17 @@
 """What passes leave in the model: layers whose forward is written in ops that every exporter can lower."""
 
 from compress.layers.absent import Absent
+from compress.layers.attention import SplitAttention, split_attention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
 
-__all__ = ["Absent", "ActivationGrid", "Codes", "QuantConv2d", "QuantEmbedding", "QuantLinear", "is_quantized"]
+__all__ = [
+    "Absent",
+    "ActivationGrid",
+    "Codes",
+    "QuantConv2d",
+    "QuantEmbedding",
+    "QuantLinear",
+    "SplitAttention",
+    "is_quantized",
+    "split_attention",
+]
