@@ -91,7 +91,9 @@ class Quantize(Pass):
     )
     skip: list[str] = Field([], description="Roles or module paths that stay float, wildcards allowed.")
     embeddings: Bits | None = Field(
-        None, description="Bits of all embedding tables, one scale for each row. Default: they stay float."
+        None,
+        description="Bits of all embedding tables, one scale for each row; a head that is tied to one shares its codes. Default: "
+        "they stay float.",
     )
     smooth: bool = Field(
         True,
@@ -159,7 +161,18 @@ class Quantize(Pass):
                 jobs.append(_Job(site, self._grid(model, site), rounds_input))
         if not jobs:
             raise UserError(self.name, "there is nothing to quantize", _first_reason(skipped))
+        if self.embeddings is not None:
+            jobs += self._tied_heads(model, anatomy, jobs, left)
         return jobs, skipped
+
+    def _tied_heads(self, model: nn.Module, anatomy: Anatomy, jobs: list[_Job], left: set[str]) -> list[_Job]:
+        """Linear layers that hold the weight of a table that is quantized, and that nothing else was said of: they share its
+        codes, their inputs stay float. Otherwise the file would hold the weight twice, once in float."""
+        tables = {id(model.get_submodule(job.site.path).weight): job for job in jobs if job.site.kind == "embedding"}
+        planned = {job.site.path for job in jobs} | left
+        linears = [site for site in anatomy.sites if site.kind == "linear" and site.path not in planned]
+        tied = [(site, tables.get(id(model.get_submodule(site.path).weight))) for site in linears]
+        return [_Job(site, table.grid, False) for site, table in tied if table is not None]
 
     def _chosen(self, anatomy: Anatomy) -> set[str]:
         if self.sites is None:

@@ -233,6 +233,13 @@ def test_a_figure_that_a_limit_needs_and_that_is_missing_is_a_miss() -> None:
     assert not verdict([row(validated="none", sqnr_db=None)], Accept(sqnr_db=5))[0].met
 
 
+def test_a_file_that_was_not_run_misses_a_contract_that_does_not_permit_it() -> None:
+    proxy = row(label="tensorrt", format="tensorrt", validated="proxy")
+    assert [limit.line for limit in verdict([proxy], Accept(sqnr_db=5)) if not limit.met] == ["accept.unvalidated"]
+    assert all(limit.met for limit in verdict([proxy], Accept(sqnr_db=5, unvalidated=("tensorrt",))))
+    assert verdict([proxy], Accept()) == [], "no contract"
+
+
 def test_a_failed_check_is_a_miss() -> None:
     failed = report.Check(name="identical rows give identical outputs", passed=False, detail="3 dB")
     assert [limit.met for limit in verdict([row(checks=[failed])], Accept())] == [False]

@@ -235,8 +235,17 @@ def test_embeddings_are_quantized_by_row_when_asked() -> None:
     assert isinstance(table, QuantEmbedding)
     assert table.quantized_weight.scale.shape == (40, 1)
     assert trial.sqnr_db > 30
-    assert any("head keeps it in float" in line for line in trial.context.report["ties"])
+    head = trial.after.get_submodule("head")
+    assert isinstance(head, QuantLinear)
+    assert head.quantized_weight is table.quantized_weight, "a tied head would be held twice, once in float"
+    assert head.activation is None
     assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
+
+
+def test_a_tied_head_that_is_skipped_stays_float_and_is_told() -> None:
+    trial = tried(Quantize(activations="none", embeddings=8, skip=["head"]), *shared())
+    assert not isinstance(trial.after.get_submodule("head"), QuantLinear)
+    assert any("head keeps it in float" in line for line in trial.context.report["ties"])
 
 
 def test_a_tied_head_shares_the_codes() -> None:
