@@ -277,6 +277,11 @@ def _finish(report: Report) -> None:
     from compress.report import table
 
     _print_table(_console(), table(report))
+    times = f"times on {report.machine['processor']}, threads: {report.machine['threads']}"
+    if told := report.data.get("validated_on"):
+        print(f"validated on {told}; {times}")
+    elif rows := report.data.get("evaluation"):
+        print(f"{rows['rows']} rows of {rows['path']} ({rows['chosen']}); {times}")
     for step in report.steps:
         for said in (*step.report.get("ties", []), *(f"{p}: {why}" for p, why in step.report.get("skipped", {}).items())):
             print(f"{step.name}: {said}")

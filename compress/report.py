@@ -183,7 +183,7 @@ def table(report: Report) -> Table:
         made.add_row(
             row.label,
             _interval(row.metric),
-            "" if row.validated == "reference" else _signed(row.drop),
+            "" if row.validated == "reference" else _interval(row.drop, "+"),
             "" if row.validated == "reference" else _share(row.agreement),
             "" if row.validated == "reference" else _decibel(row),
             *(_time(measured.get(batch), row) for batch in latencies),
@@ -193,20 +193,14 @@ def table(report: Report) -> Table:
     return made
 
 
-def _interval(figure: Figure | None) -> str:
+def _interval(figure: Figure | None, sign: str = "") -> str:
+    """The value and, below it, its interval; ``sign`` is ``+`` where a plus sign is to be seen."""
     if figure is None:
         return "-"
+    value = f"{figure.value:{sign}.4f}"
     if figure.low is None or figure.high is None:
-        return f"{figure.value:.4f}"
-    return f"{figure.value:.4f}\n[{figure.low:.3f}, {figure.high:.3f}]"
-
-
-def _signed(figure: Figure | None) -> str:
-    if figure is None:
-        return "-"
-    if figure.low is None or figure.high is None:
-        return f"{figure.value:+.4f}"
-    return f"{figure.value:+.4f}\n[{figure.low:+.3f}, {figure.high:+.3f}]"
+        return value
+    return f"{value}\n[{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
 
 
 def _share(share: Figure | None) -> str:

@@ -39,7 +39,7 @@ def report(exit_code: int = 0, limits: list[Limit] | None = None) -> Report:
         steps=[],
         model={},
         data={},
-        machine={},
+        machine={"processor": "a processor", "threads": 1},
         seconds={},
         peak_memory_bytes=1,
         folder="runs/made",
