@@ -27,7 +27,7 @@ _IMAGE_KEYS = ("image_size", "channels", "mean", "std", "resize", "crop", "inter
 
 def contradictions(recipe: Recipe, document: Document) -> list[Fault]:
     """Faults of a recipe whose keys are each in order."""
-    found = [*_model(recipe), *_data(recipe), *_splits(recipe), *_export(recipe), *_accept(recipe)]
+    found = [*_model(recipe), *_data(recipe), *_splits(recipe), *_export(recipe), *_accept(recipe), *_undo(recipe)]
     faults = []
     for path, what, hint in found:
         line, column = document.place(path, key=True)
@@ -141,3 +141,10 @@ def _accept(recipe: Recipe) -> Found:
             "accept has limits that need evaluation rows",
             "Add `evaluation:` to data, or keep size_ratio only.",
         )
+
+
+def _undo(recipe: Recipe) -> Found:
+    if recipe.undo == "unpaid" and recipe.measure.when != "each_pass":
+        yield ("undo",), "undo: unpaid has nothing to judge a pass by", "Add `measure: each_pass`."
+    if recipe.measure.when == "each_pass" and recipe.data.evaluation is None:
+        yield ("measure",), "measure: each_pass needs evaluation rows", "Add `evaluation:` to data."

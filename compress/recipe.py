@@ -6,7 +6,7 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
@@ -15,7 +15,7 @@ from compress.choices import Chosen, Short
 from compress.exporters import known_exporters
 from compress.faults import RecipeError, explain, mistyped
 from compress.passes import Pass, known_passes
-from compress.sections import Accept, DataSpec, Limits, Measure, ModelSource, ModelSpec, RowSpan, Section, Split
+from compress.sections import Accept, DataSpec, Limits, Measure, MeasureWhen, ModelSource, ModelSpec, RowSpan, Section, Split
 from compress.yaml_positions import Document, Fault, Step, parse
 from export.contract import Exporter
 
@@ -57,7 +57,13 @@ class Recipe(Section):
     )
     export: tuple[Annotated[Exporter, Chosen(known_exporters, "an exporter")], ...] = Field(description="the files to write")
     accept: Accept = Field(Accept(), description="the contract; a run that misses it exits with code 1 and keeps its files")
-    measure: Measure = Field(Measure(), description="how time is measured")
+    measure: Annotated[Measure, Short("when", MeasureWhen)] = Field(
+        Measure(), description="how time is measured, or alone: each_pass"
+    )
+    undo: Literal["never", "unpaid"] = Field(
+        "never",
+        description="unpaid: takes back a pass that costs accuracy and brings neither size nor speed; needs measure: each_pass",
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of every random choice")
     threads: int = Field(1, ge=1, le=1024, description="threads for passes and for measured runs")
 

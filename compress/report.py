@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Audit",
+    "BlockFidelity",
     "Check",
     "Figure",
     "Latency",
     "Limit",
     "Report",
+    "RoleBytes",
     "Row",
     "StepRecord",
+    "Worth",
     "read",
     "schema",
     "table",
@@ -106,6 +109,40 @@ class Row(_Record):
     note: str = Field("", description="why a figure is missing")
 
 
+class Worth(_Record):
+    """What one pass brought to one file, against the file before it (the float file before the first), in one runtime."""
+
+    label: str = Field(description="onnx, openvino, coreml, tensorrt")
+    drop: Figure | None = Field(None, description="metric lost by this pass on the same rows (paired); positive is worse")
+    agreement: Figure | None = Field(None, description="share of rows predicted as the file before the pass predicted them")
+    sqnr_db: float | None = Field(None, description="against the file before the pass, dB; null when equal or not measured")
+    size_bytes: int | None = None
+    size_ratio: float | None = Field(None, description="size over that of the file before the pass")
+    latency_ratio: float | None = Field(
+        None, description="median time over that of the file before the pass, interleaved, at the batch size that gained least"
+    )
+    latency_low: float | None = Field(None, description="lower end of the ratio's 95 % interval")
+    latency_high: float | None = Field(None, description="upper end of the ratio's 95 % interval")
+
+
+class BlockFidelity(_Record):
+    """How much of a block's output was kept: the compressed model against the float model, both fed the same rows."""
+
+    index: int = Field(description="number of the block in the float model, from 0")
+    path: str = Field(description="module path of the block in the float model")
+    sqnr_db: float | None = Field(description="of the block's output, dB; null when equal or when the block is gone")
+    gone: bool = Field(False, description="whether a pass took the block out")
+    rows: int = Field(description="calibration rows compared")
+
+
+class RoleBytes(_Record):
+    """Bytes of the parameters of one role in memory, before and after all passes (tied tensors counted once)."""
+
+    role: str = Field(description="attention.query ... as `compress inspect` prints them; other: parameters of no role")
+    before: int
+    after: int
+
+
 class StepRecord(_Record):
     """One pass: what it was asked, what it changed, what it says."""
 
@@ -116,6 +153,12 @@ class StepRecord(_Record):
     bytes_after: int
     changed: int = Field(description="tensors added, removed or changed")
     report: dict[str, Any] = {}
+    rows: list[Row] = Field([], description="with measure: each_pass, the table after this pass")
+    worth: list[Worth] = Field([], description="with measure: each_pass, what this pass brought to each file")
+    paid: bool | None = Field(None, description="whether the pass was worth it; null where it was not measured")
+    undone: bool = Field(False, description="whether the pass was taken back (undo: unpaid)")
+    says: str = Field("", description="the sentence for a person: what the pass brought, and whether it was taken back")
+    blocks: list[BlockFidelity] = Field([], description="SQNR of each block after this pass")
 
 
 class Limit(_Record):
@@ -140,6 +183,10 @@ class Report(_Record):
     rows: list[Row] = Field(description="the final table: float first, then one for each file and runtime")
     compressed: Row | None = Field(None, description="the compressed torch model: what files are compared with")
     steps: list[StepRecord]
+    blocks: list[BlockFidelity] = Field([], description="SQNR of each block of the compressed model")
+    roles: list[RoleBytes] = Field([], description="bytes by role before and after all passes")
+    warnings: list[str] = Field([], description="what a reader of the figures has to know, e.g. splits that overlap")
+    resumed: list[str] = Field([], description="parts taken over from an interrupted run of the same recipe")
     model: dict[str, Any]
     data: dict[str, Any]
     machine: dict[str, Any]

@@ -14,6 +14,7 @@ __all__ = [
     "Format",
     "Limits",
     "Measure",
+    "MeasureWhen",
     "ModelSource",
     "ModelSpec",
     "Role",
@@ -189,6 +190,9 @@ class DataSpec(Section):
     evaluation: Split | None = Field(
         None, description="other rows, on which every file is judged; without them nothing is judged"
     )
+    strict_splits: bool = Field(
+        False, description="whether a row that is in both splits stops the run (otherwise the report warns of it)"
+    )
     metric: Literal["auto", "accuracy", "top5", "f1", "spearman", "pearson", "perplexity", "agreement"] = Field(
         "auto",
         description="the task's metric; auto takes the usual one of the task, and agreement with float without labels",
@@ -246,9 +250,19 @@ class Accept(Limits):
         return any(getattr(holder, line) is not None for holder in holders for line in lines)
 
 
-class Measure(Section):
-    """How time is measured."""
+MeasureWhen = Annotated[
+    Literal["end", "each_pass"],
+    Field(
+        description="end: files are written and judged after the last pass; each_pass: after every pass, so that the report "
+        "says what each one brought"
+    ),
+]
 
+
+class Measure(Section):
+    """When files are judged, and how time is measured."""
+
+    when: MeasureWhen = "end"
     batch_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (1,), min_length=1, max_length=16, description="batch sizes that are timed, in rows"
     )

@@ -16,7 +16,7 @@ from calibrate.errors import UserError
 from calibrate.signature import Batch
 from export.graph import Traceable
 
-__all__ = ["Artifact", "Contents", "Exporter", "NotRun", "Runner", "Validation"]
+__all__ = ["Artifact", "Contents", "Exporter", "Forecast", "NotRun", "Runner", "Validation"]
 
 Validation = Literal["runtime", "interpreter", "proxy", "none"]
 """How an artifact was run: in its own runtime; by our interpreter of the saved file; an equivalent file in another runtime
@@ -48,6 +48,19 @@ class Contents:
     bytes_by_dtype: Mapping[str, int]
     codes: Mapping[str, np.ndarray[Any, Any]]
     float_layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a file will be, told without writing it.
+
+    ``size_bytes``: of the file with its weights. ``peak_bytes``: most memory that writing it takes beyond the model itself.
+    ``float_sites``: quantized layers (module paths) that the runtime computes in floating point all the same, with the reason.
+    """
+
+    size_bytes: int
+    peak_bytes: int
+    float_sites: Mapping[str, str] = field(default_factory=dict)
 
 
 class Runner(ABC):
@@ -116,6 +129,10 @@ class Exporter(BaseModel, ABC):
             UserError: an option names what the model does not have.
         """
         return
+
+    def forecast(self, source: Traceable) -> Forecast | None:
+        """What ``write`` would make of this model, from its shapes alone; None where the exporter cannot tell."""
+        return None
 
     @abstractmethod
     def write(self, source: Traceable, path: Path) -> Artifact:

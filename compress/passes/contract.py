@@ -86,6 +86,15 @@ class Pass(BaseModel, ABC):
         """
         return {}
 
+    def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
+        """Changes the model in place as ``run`` would, as far as shapes and bytes go: layers of the right kind whose values
+        mean nothing, without data. ``compress plan`` and the checks before a run look at the result.
+
+        A pass that puts layers in needs only ``preview``; one that takes parts out, or shares them, says so here.
+        """
+        for path, layer in self.preview(model, anatomy).items():
+            surgery.replace(model, path, layer.to_empty(device="cpu"))
+
     @abstractmethod
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         """Changes the model in place and returns it (the root itself may be another object).
