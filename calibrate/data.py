@@ -17,7 +17,7 @@ from torch import Tensor
 from calibrate.errors import UserError
 from calibrate.signature import Batch
 
-__all__ = ["Encoder", "Item", "Rows", "Selection", "Table", "check_apart", "from_tensors", "overlap", "select"]
+__all__ = ["Encoder", "Item", "Rows", "Selection", "Table", "from_tensors", "overlap", "select", "twins"]
 
 Item = tuple[Any, ...]
 """The raw cells of one row, as the file has them: strings, bytes of an image file, arrays."""
@@ -183,29 +183,14 @@ def select(total: int, selection: Selection, *, seed: int = 0, where: str = "", 
 
 def overlap(a: Rows, b: Rows) -> int:
     """How many rows of ``b`` have the same raw inputs as a row of ``a``, wherever they lie."""
+    return len(twins(a, b))
+
+
+def twins(a: Rows, b: Rows) -> list[int]:
+    """Numbers (in ``b.table``) of the rows of ``b`` with the same raw inputs as a row of ``a``: the same row of one file, or
+    the same content elsewhere."""
     known = a.identities()
-    return sum(digest in known for digest in b._row_digests())
-
-
-def check_apart(calibration: Rows, evaluation: Rows) -> int:
-    """Refuses calibration rows that are evaluated too; returns how many evaluation rows have a twin among them by
-    content.
-
-    Raises:
-        UserError: a row of one file is in both, or half of the rows of either are in the other by content (a copied
-            file).
-    """
-    where = f"{calibration.table.name} and {evaluation.table.name}"
-    if _same_table(calibration.table, evaluation.table):
-        shared = len(set(calibration.indices) & set(evaluation.indices))
-        if shared:
-            hint = "Give each its own range of rows (rows: 0:500 and rows: 500:1000) or its own file."
-            raise UserError(where, f"{shared} rows are calibrated on and evaluated too", hint)
-    twins = overlap(calibration, evaluation)
-    if 2 * min(twins, overlap(evaluation, calibration)) >= min(len(calibration), len(evaluation)):
-        hint = "Evaluation must use rows that calibration has not seen; give other rows or another file."
-        raise UserError(where, f"{twins} of {len(evaluation)} evaluation rows have the same content as calibration rows", hint)
-    return twins
+    return [index for index, digest in zip(b.indices, b._row_digests(), strict=True) if digest in known]
 
 
 def from_tensors(batch: Mapping[str, Tensor], labels: Tensor | None = None, name: str = "tensors", group: int = 1) -> Rows:
@@ -241,14 +226,6 @@ class _Stack(Encoder):
 
     def describe(self) -> dict[str, Any]:
         return {"inputs": self.names}
-
-
-def _same_table(a: Table, b: Table) -> bool:
-    if a is b:
-        return True
-    if a.path is None or b.path is None or a.format != b.format:
-        return False
-    return a.path.resolve() == b.path.resolve()
 
 
 def _digest(item: Item) -> str:

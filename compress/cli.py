@@ -285,6 +285,8 @@ def _finish(report: Report) -> None:
     for step in report.steps:
         for said in (*step.report.get("ties", []), *(f"{p}: {why}" for p, why in step.report.get("skipped", {}).items())):
             print(f"{step.name}: {said}")
+    for warning in report.warnings:
+        print(f"warning: {warning}")
     for limit in report.limits:
         if not limit.met:
             print(f"missed: {limit.line}: {limit.says}")

@@ -102,18 +102,19 @@ def _splits(recipe: Recipe) -> Found:
                 "shuffle goes with a count of rows only",
                 "Remove it, or give rows as a count.",
             )
-    if data.evaluation is not None and data.format != "embedded" and _overlap(recipe, data.calibration, data.evaluation):
+    if data.strict_splits and data.evaluation is not None and _meet(recipe, data.calibration, data.evaluation):
         hint = "Give both as ranges that do not meet, such as rows: 0-127 and rows: 128-999, or use two files."
-        yield ("data", "evaluation"), "evaluation reads rows that calibration may have read", hint
+        yield ("data", "evaluation"), "evaluation reads rows that calibration reads, and strict_splits is true", hint
 
 
-def _overlap(recipe: Recipe, first: Split, second: Split) -> bool:
+def _meet(recipe: Recipe, first: Split, second: Split) -> bool:
+    """Whether two splits of one file share a row for certain; what the seed draws is known when the rows are read."""
     if first.path is None or second.path is None:
         return False
     if os.path.realpath(recipe.path(first.path)) != os.path.realpath(recipe.path(second.path)):
         return False
-    if first.seeded and second.seeded:
-        return False  # the seed draws one from the beginning and one from the end of the same order
+    if any(one.seeded and other.rows != "all" for one, other in ((first, second), (second, first))):
+        return False
     (start, end), (other_start, other_end) = first.span, second.span
     return (end is None or other_start < end) and (other_end is None or start < other_end)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calibrate.data import Encoder, Rows, Table, check_apart, select
+from calibrate.data import Encoder, Rows, Table, select, twins
 from calibrate.errors import UserError
 from calibrate.labels import class_labels, score_labels
 from calibrate.metrics import Metric, metric
@@ -39,6 +39,7 @@ class Data:
         metric: None where there are no labels; then agreement and SQNR against float judge alone.
         batch_size: data rows a batch.
         duplicates: evaluation rows whose content is also a calibration row.
+        warnings: what a reader of the figures has to know.
     """
 
     calibration: Rows
@@ -48,6 +49,7 @@ class Data:
     example: Batch
     batch_size: int = _BATCH
     duplicates: int = 0
+    warnings: tuple[str, ...] = ()
 
     def calibration_batches(self) -> Iterator[Batch]:
         """The same calibration batches each time. Padded text of like length comes together, without the columns in which a
@@ -73,15 +75,17 @@ def load_data(recipe: Recipe, source: Source, *, evaluation: bool = True) -> Dat
         evaluation: False leaves the evaluation rows out (nothing will be judged).
 
     Raises:
-        UserError: a file, column, label or row that is not as the recipe says; calibration rows that are evaluated too.
+        UserError: a file, column, label or row that is not as the recipe says; with ``strict_splits``, calibration rows that
+            are evaluated too.
     """
     spec = recipe.data
     tables: dict[tuple[object, ...], Table] = {}
     calibration = build_rows(spec, "calibration", source, recipe, tables)
-    rows = duplicates = None
+    rows, both = None, 0
+    warnings: tuple[str, ...] = ()
     if evaluation and spec.evaluation is not None:
         rows = build_rows(spec, "evaluation", source, recipe, tables)
-        duplicates = check_apart(calibration, rows)
+        both, warnings = _apart(recipe, calibration, rows)
     judged_by = metric_for(spec.metric, source, rows)
     return Data(
         calibration=calibration,
@@ -89,7 +93,8 @@ def load_data(recipe: Recipe, source: Source, *, evaluation: bool = True) -> Dat
         metric=judged_by,
         metric_name=judged_by.name if judged_by else "agreement",
         example=_example(calibration),
-        duplicates=duplicates or 0,
+        duplicates=both,
+        warnings=warnings,
     )
 
 
@@ -119,6 +124,23 @@ def build_rows(
     indices = select(len(table), part.selection, seed=recipe.seed, where=f"{where}.rows", from_end=last)
     labels = _labels(table, indices, source, spec)
     return Rows(table, encoder, indices, labels, _chosen(part, recipe.seed))
+
+
+def _apart(recipe: Recipe, calibration: Rows, evaluation: Rows) -> tuple[int, tuple[str, ...]]:
+    """How many evaluation rows were calibration rows too, and the warning of it.
+
+    Raises:
+        UserError: there are some, and ``strict_splits`` is true.
+    """
+    shared = twins(calibration, evaluation)
+    if not shared:
+        return 0, ()
+    what = f"{len(shared)} of the {len(evaluation)} evaluation rows"
+    first = f"the first is {evaluation.table.place(shared[0])}"
+    if recipe.data.strict_splits:
+        hint = "Give each its own rows, such as rows: 0-127 and rows: 128-999, or its own file; or take strict_splits out."
+        raise UserError(recipe.place("data", "evaluation"), f"{what} are also calibration rows ({first})", hint)
+    return len(shared), (f"{what} were also calibration rows: {first}; figures on rows that passes have seen flatter them",)
 
 
 def metric_for(name: str, source: Source, rows: Rows | None) -> Metric | None:

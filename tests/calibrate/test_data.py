@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibrate.data import Rows, check_apart, from_tensors, overlap, select
+from calibrate.data import Rows, from_tensors, overlap, select, twins
 from calibrate.errors import UserError
 from calibrate.labels import class_labels, score_labels
 
@@ -92,17 +92,11 @@ def test_overlap_counts_rows_with_the_same_content() -> None:
     assert overlap(numbered(10), numbered(10, offset=10)) == 0
 
 
-def test_the_same_row_of_one_table_in_both_is_refused() -> None:
+def test_twins_are_found_by_number_and_by_content() -> None:
     rows = numbered(10)
-    assert check_apart(part(rows, [0, 1, 2]), part(rows, [3, 4])) == 0
-    with pytest.raises(UserError, match="1 rows are calibrated on and evaluated too"):
-        check_apart(part(rows, [0, 1, 2]), part(rows, [2, 3, 4, 5]))
-
-
-def test_a_copied_file_is_refused_and_a_few_twins_are_counted() -> None:
-    with pytest.raises(UserError, match="same content"):
-        check_apart(numbered(10), numbered(40))
-    assert check_apart(numbered(10), numbered(40, offset=8)) == 2
+    assert twins(part(rows, [0, 1, 2]), part(rows, [3, 4])) == []
+    assert twins(part(rows, [0, 1, 2]), part(rows, [2, 3, 4, 5])) == [2]
+    assert twins(numbered(10), numbered(40, offset=8)) == [0, 1], "the same content in another table"
 
 
 def test_labels_are_numbers_or_names() -> None:

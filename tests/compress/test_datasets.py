@@ -109,10 +109,10 @@ def test_text_is_padded_and_ragged_rows_come_first(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("".join(f"{'x' * (1 + number % 9)}\t{number % 2}\n" for number in range(40)))
     spec = TEXT | {"calibration": {"path": "a.tsv", "rows": "0-19"}, "evaluation": {"path": "a.tsv", "rows": "20-39"}}
     asked = recipe(tmp_path, **spec)
-    with pytest.raises(UserError, match="same content"):
-        load_data(asked, source())
+    assert load_data(asked, source()).duplicates == 20
     (tmp_path / "a.tsv").write_text("".join(f"{number} {'x' * (number % 9)}\t{number % 2}\n" for number in range(40)))
     data = load_data(asked, source())
+    assert (data.duplicates, data.warnings) == (0, ())
     assert data.evaluation is not None
     assert data.calibration.indices == list(range(20))
     assert data.evaluation.indices == list(range(20, 40))
@@ -127,6 +127,33 @@ def test_counts_from_one_file_do_not_meet(tmp_path: Path) -> None:
     data = load_data(recipe(tmp_path, **both), source())
     assert data.evaluation is not None
     assert sorted(data.calibration.indices + data.evaluation.indices) == list(range(30))
+
+
+def test_rows_in_both_splits_are_warned_of_or_refused(tmp_path: Path) -> None:
+    tsv(tmp_path / "a.tsv", 30)
+    (tmp_path / "copy.tsv").write_text("".join(f"text {number:03d}\t{number % 2}\n" for number in (40, 3, 41, 9, 12)))
+    spec = TEXT | {"calibration": {"path": "a.tsv", "rows": "0-9"}}
+    for evaluation, number, first in (
+        ({"path": "a.tsv", "rows": "8-29"}, "2 of the 22", "a.tsv:9"),
+        ({"path": "copy.tsv"}, "2 of the 5", "copy.tsv:2"),
+    ):
+        asked = spec | {"evaluation": evaluation}
+        found = load_data(recipe(tmp_path, **asked), source())
+        assert found.duplicates == 2
+        assert [
+            warning.startswith(f"{number} evaluation rows were also calibration rows: the first is {first};")
+            for warning in found.warnings
+        ] == [True]
+        assert load_data(recipe(tmp_path, **asked), source(), evaluation=False).warnings == (), "nothing is judged on them"
+    with pytest.raises(
+        UserError,
+        match=r"recipe.yaml:\d+:\d+: 2 of the 5 evaluation rows are also calibration rows .the first is copy.tsv:2.\n  Give",
+    ):
+        load_data(recipe(tmp_path, **asked, strict_splits=True), source())
+    apart = spec | {"evaluation": {"path": "a.tsv", "rows": "10-29"}, "strict_splits": True}
+    assert load_data(recipe(tmp_path, **apart), source()).warnings == ()
+    drawn = TEXT | {"calibration": {"path": "a.tsv", "rows": 20}, "evaluation": {"path": "a.tsv", "rows": 20}}
+    assert load_data(recipe(tmp_path, **drawn), source()).duplicates == 10, "two counts that do not fit into the file"
 
 
 def test_names_of_classes_are_the_models(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_fault_has_its_place_and_a_way_out(old: str, new: str, place: str, wha
         ("tokens: 64", "tokens: 64\n  image_size: 3", "6:3", "image_size does not go with format text"),
         ("rows: 64", "rows: 9-3", "6:34", "ends before it begins"),
         ("rows: 64", "rows: 0-3, shuffle: true", "6:45", "shuffle goes with a count"),
-        ("dev.tsv", "./train.tsv", "7:3", "evaluation reads rows that calibration may have read"),
+        ("dev.tsv}", "./train.tsv}\n  strict_splits: true", "7:3", "evaluation reads rows that calibration reads"),
     ],
 )
 def test_keys_that_do_not_go_together(old: str, new: str, place: str, what: str) -> None:
@@ -180,18 +180,22 @@ def test_keys_that_do_not_go_together(old: str, new: str, place: str, what: str)
         ("10-19", "0-9", True),
         ("0-9", "all", False),
         ("all", "0-9", False),
-        ("64", "0-9", False),
+        ("64", "0-9", True),
+        ("64", "all", False),
         ("64", "64", True),
         ("64, shuffle: false", "{start: 64, count: 5}", True),
         ("64, shuffle: false", "{start: 63, count: 5}", False),
     ],
 )
-def test_calibration_and_evaluation_of_one_file_must_not_meet(calibration: str, evaluation: str, apart: bool) -> None:
+def test_strict_splits_of_one_file_must_not_meet(calibration: str, evaluation: str, apart: bool) -> None:
+    """Where the seed draws the rows it is known when they are read."""
     text = TEXT.replace("rows: 64", f"rows: {calibration}").replace("{path: dev.tsv}", f"{{path: train.tsv, rows: {evaluation}}}")
+    strict = text.replace("  tokens: 64\n", "  tokens: 64\n  strict_splits: true\n")
+    parse_recipe(text)
     if apart:
-        parse_recipe(text)
+        parse_recipe(strict)
     else:
-        assert "7:3" in faults(text)
+        assert "8:3" in faults(strict)
 
 
 def test_all_faults_come_at_once_in_the_order_of_the_file() -> None:
