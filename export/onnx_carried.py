@@ -43,9 +43,9 @@ def _dequantize(b: Lowering, codes: Held, scale: Held, zero_point: Held | None, 
 def _embedding(
     b: Lowering, ids: Held, codes: Held, scale: Held, zero_point: Held | None, bits: int, shape: Sequence[int]
 ) -> Held:
-    from export.onnx_ops import _input
+    from export.onnx_ops import whole_input
 
-    return rows(b, _input(b, ids), _carried(codes, scale, zero_point, bits, shape))
+    return rows(b, whole_input(b, ids), _carried(codes, scale, zero_point, bits, shape))
 
 
 @lowers("compress::quantize_dequantize")

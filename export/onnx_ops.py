@@ -1,4 +1,4 @@
-"""Lowerings of elementwise operations, comparisons, reductions and tensors made from nothing."""
+"""Lowerings of elementwise arithmetic, comparisons and logic."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from export.onnx_lowering import WIDE, Dim, Held, Lowering, axis_of, lowers
+from export.onnx_lowering import WIDE, Dim, Held, Lowering, lowers
 
-__all__ = ["add", "biased", "binary", "broadcast", "reduce", "where"]
+__all__ = ["add", "biased", "binary", "broadcast", "clamp", "elementwise", "traced_shape", "value_of", "where", "whole_input"]
 
 _UNARY = {
     "abs": "Abs", "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sin": "Sin", "cos": "Cos", "tan": "Tan",
@@ -56,7 +56,7 @@ def _number(b: Lowering, item: Any) -> Any:
     raise b.refuse(f"a number computed from sizes ({item}) is used as a value", "Make the dimension fixed.")
 
 
-def _value(b: Lowering, item: Any, dtype: torch.dtype) -> Any:
+def value_of(b: Lowering, item: Any, dtype: torch.dtype) -> Any:
     """A size that depends on a dynamic dimension, as a tensor; anything else unchanged."""
     import sympy  # type: ignore[import-untyped]
 
@@ -68,7 +68,7 @@ def _value(b: Lowering, item: Any, dtype: torch.dtype) -> Any:
 def binary(b: Lowering, kind: str, x: Any, y: Any, dtype: torch.dtype | None = None) -> Held:
     """``kind(x, y)`` in the traced dtype, or the given one; operands may be numbers."""
     dtype = dtype or b.dtype
-    x, y = _operands(b, dtype, _value(b, x, dtype), _value(b, y, dtype))
+    x, y = _operands(b, dtype, value_of(b, x, dtype), value_of(b, y, dtype))
     return b.op(kind, x, y, shape=broadcast(x.shape, y.shape), dtype=x.dtype)
 
 
@@ -80,7 +80,7 @@ def add(b: Lowering, x: Any, y: Any) -> Held:
     for one, other in ((x, y), (y, x)):
         if isinstance(one, Held) and one.const is None and isinstance(other, (int, float)):
             return binary(b, "Add", one, other)
-    x, y = _operands(b, b.dtype, _value(b, x, b.dtype), _value(b, y, b.dtype))
+    x, y = _operands(b, b.dtype, value_of(b, x, b.dtype), value_of(b, y, b.dtype))
     return b.op("Sum", x, y, shape=broadcast(x.shape, y.shape), dtype=x.dtype)
 
 
@@ -147,7 +147,7 @@ def _div_mode(b: Lowering, x: Any, y: Any, rounding_mode: str | None = None) -> 
         return _div(b, x, y)
     if b.dtype.is_floating_point:
         quotient = binary(b, "Div", x, y)
-        return _truncate(b, quotient) if rounding_mode == "trunc" else _same(b, "Floor", quotient)
+        return _truncate(b, quotient) if rounding_mode == "trunc" else elementwise(b, "Floor", quotient)
     if rounding_mode == "trunc":
         return binary(b, "Div", x, y)
     remainder = binary(b, "Mod", x, y)
@@ -163,7 +163,7 @@ def _floor_divide(b: Lowering, x: Any, y: Any) -> Held:
 def _remainder(b: Lowering, x: Any, y: Any) -> Held:
     if not b.dtype.is_floating_point:
         return binary(b, "Mod", x, y)
-    return binary(b, "Sub", x, binary(b, "Mul", _same(b, "Floor", binary(b, "Div", x, y)), y))
+    return binary(b, "Sub", x, binary(b, "Mul", elementwise(b, "Floor", binary(b, "Div", x, y)), y))
 
 
 @lowers("fmod.Scalar", "fmod.Tensor")
@@ -181,13 +181,13 @@ def _pow(b: Lowering, x: Any, exponent: Any = 2) -> Held:
         squared = b.op("Mul", x, x, shape=x.shape, dtype=x.dtype)
         return squared if exponent == 2 else b.op("Mul", squared, x, shape=x.shape, dtype=x.dtype)
     if exponent == 0.5:
-        return _same(b, "Sqrt", x)
+        return elementwise(b, "Sqrt", x)
     if exponent == -0.5:
-        return _same(b, "Reciprocal", _same(b, "Sqrt", x))
+        return elementwise(b, "Reciprocal", elementwise(b, "Sqrt", x))
     return b.op("Pow", x, b.constant(exponent, x.dtype), shape=x.shape, dtype=x.dtype)
 
 
-def _same(b: Lowering, kind: str, x: Held, **attributes: Any) -> Held:
+def elementwise(b: Lowering, kind: str, x: Held, **attributes: Any) -> Held:
     return b.op(kind, x, shape=x.shape, dtype=x.dtype, **attributes)
 
 
@@ -197,7 +197,7 @@ def _unary(kind: str) -> Any:
             x = b.cast(x, b.dtype)
         if kind in ("Floor", "Ceil", "Round") and not x.dtype.is_floating_point:
             return x
-        return _same(b, kind, x)
+        return elementwise(b, kind, x)
 
     return lowering
 
@@ -218,23 +218,23 @@ WIDE |= {
 
 @lowers("rsqrt")
 def _rsqrt(b: Lowering, x: Held) -> Held:
-    return _same(b, "Reciprocal", _same(b, "Sqrt", x))
+    return elementwise(b, "Reciprocal", elementwise(b, "Sqrt", x))
 
 
 @lowers("expm1")
 def _expm1(b: Lowering, x: Held) -> Held:
-    return binary(b, "Sub", _same(b, "Exp", x), 1.0)
+    return binary(b, "Sub", elementwise(b, "Exp", x), 1.0)
 
 
 @lowers("log1p")
 def _log1p(b: Lowering, x: Held) -> Held:
-    return _same(b, "Log", binary(b, "Add", x, 1.0))
+    return elementwise(b, "Log", binary(b, "Add", x, 1.0))
 
 
 @lowers("log2")
 def _log2(b: Lowering, x: Held) -> Held:
     x = b.cast(x, b.dtype)
-    return binary(b, "Mul", _same(b, "Log", x), 1.0 / math.log(2.0))
+    return binary(b, "Mul", elementwise(b, "Log", x), 1.0 / math.log(2.0))
 
 
 @lowers("exp2")
@@ -243,7 +243,7 @@ def _exp2(b: Lowering, x: Held) -> Held:
 
 
 def _truncate(b: Lowering, x: Held) -> Held:
-    return binary(b, "Mul", _same(b, "Sign", x), _same(b, "Floor", _same(b, "Abs", x)))
+    return binary(b, "Mul", elementwise(b, "Sign", x), elementwise(b, "Floor", elementwise(b, "Abs", x)))
 
 
 @lowers("trunc", "fix")
@@ -252,7 +252,7 @@ def _trunc(b: Lowering, x: Held) -> Held:
 
 
 @lowers("clamp", "clip", "hardtanh", "clamp.Tensor")
-def _clamp(b: Lowering, x: Held, min: Any = None, max: Any = None) -> Held:
+def clamp(b: Lowering, x: Held, min: Any = None, max: Any = None) -> Held:
     if b.node is not None and "hardtanh" in str(b.node.target):
         min, max = -1.0 if min is None else min, 1.0 if max is None else max
     for kind, limit in (("Max", min), ("Min", max)):
@@ -271,82 +271,17 @@ def _clamp_max(b: Lowering, x: Held, limit: Any) -> Held:
     return binary(b, "Min", x, limit)
 
 
-@lowers("relu6")
-def _relu6(b: Lowering, x: Held) -> Held:
-    return _clamp(b, x, 0.0, 6.0)
+def whole_input(b: Lowering, x: Held, index: int = 0) -> Held:
+    """The operand with its traced shape written out."""
+    assert b.node is not None
+    node = b.node.args[index]
+    return b.full(x, traced_shape(node))
 
 
-@lowers("silu")
-def _silu(b: Lowering, x: Held) -> Held:
-    return b.op("Mul", x, _same(b, "Sigmoid", x), shape=x.shape, dtype=x.dtype)
+def traced_shape(node: Any) -> tuple[Dim, ...]:
+    from export.onnx_lowering import dim
 
-
-@lowers("gelu")
-def _gelu(b: Lowering, x: Held, approximate: str = "none") -> Held:
-    if b.opset >= 20:
-        return _same(b, "Gelu", x, approximate=approximate)
-    if approximate == "tanh":
-        cube = binary(b, "Mul", binary(b, "Mul", x, x), x)
-        inner = binary(b, "Mul", binary(b, "Add", x, binary(b, "Mul", cube, 0.044715)), math.sqrt(2.0 / math.pi))
-        factor = _same(b, "Tanh", inner)
-    else:
-        factor = _same(b, "Erf", binary(b, "Div", x, math.sqrt(2.0)))
-    return binary(b, "Mul", binary(b, "Mul", x, binary(b, "Add", factor, 1.0)), 0.5)
-
-
-@lowers("hardsigmoid")
-def _hardsigmoid(b: Lowering, x: Held) -> Held:
-    return _same(b, "HardSigmoid", x, alpha=1.0 / 6.0, beta=0.5)
-
-
-@lowers("leaky_relu")
-def _leaky_relu(b: Lowering, x: Held, slope: float = 0.01) -> Held:
-    return _same(b, "LeakyRelu", x, alpha=float(slope))
-
-
-@lowers("elu")
-def _elu(b: Lowering, x: Held, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Held:
-    if scale != 1 or input_scale != 1:
-        raise b.refuse("aten.elu with a scale has no ONNX form here", "Use elu with its default scales.")
-    return _same(b, "Elu", x, alpha=float(alpha))
-
-
-@lowers("selu")
-def _selu(b: Lowering, x: Held) -> Held:
-    return _same(b, "Selu", x)
-
-
-@lowers("softplus")
-def _softplus(b: Lowering, x: Held, beta: float = 1.0, threshold: float = 20.0) -> Held:
-    if beta == 1:
-        return _same(b, "Softplus", x)
-    return binary(b, "Div", _same(b, "Softplus", binary(b, "Mul", x, beta)), beta)
-
-
-@lowers("mish")
-def _mish(b: Lowering, x: Held) -> Held:
-    return b.op("Mul", x, _same(b, "Tanh", _same(b, "Softplus", x)), shape=x.shape, dtype=x.dtype)
-
-
-@lowers("log_sigmoid")
-def _log_sigmoid(b: Lowering, x: Held) -> Held:
-    return _same(b, "Neg", _same(b, "Softplus", _same(b, "Neg", x)))
-
-
-@lowers("prelu", "_prelu_kernel")
-def _prelu(b: Lowering, x: Held, weight: Held) -> Held:
-    if weight.rank == 1 and x.rank > 2:
-        weight = b.reshape(weight, (weight.shape[0], *[1] * (x.rank - 2)))
-    return b.op("PRelu", x, weight, shape=x.shape, dtype=x.dtype)
-
-
-@lowers("glu")
-def _glu(b: Lowering, x: Held, axis: int = -1) -> Held:
-    axis = axis_of(axis, x.rank)
-    half = x.shape[axis] // 2
-    shape = [half if at == axis else size for at, size in enumerate(x.shape)]
-    one, two = b.ops("Split", x, b.ints(half, half), outputs=[(shape, x.dtype)] * 2, axis=axis)
-    return b.op("Mul", one, _same(b, "Sigmoid", two), shape=shape, dtype=x.dtype)
+    return tuple(dim(size) for size in node.meta["val"].shape)
 
 
 # -- comparisons, logic ---------------------------------------------------------------------------------------------
@@ -356,7 +291,7 @@ def _common(b: Lowering, x: Any, y: Any) -> tuple[Held, Held]:
     """Both in the dtype that torch compares them in."""
     kinds = [torch.empty((1,) * bool(item.rank), dtype=item.dtype) if isinstance(item, Held) else item for item in (x, y)]
     dtype = torch.result_type(kinds[0], kinds[1]) if not any(_symbolic(item) for item in kinds) else torch.int64
-    x, y = _operands(b, b.narrow(dtype), _value(b, x, dtype), _value(b, y, dtype))
+    x, y = _operands(b, b.narrow(dtype), value_of(b, x, dtype), value_of(b, y, dtype))
     return x, y
 
 
@@ -390,7 +325,7 @@ def _not(b: Lowering, x: Held) -> Held:
 
 @lowers("bitwise_not")
 def _bitwise_not(b: Lowering, x: Held) -> Held:
-    return _not(b, x) if x.dtype == torch.bool else _same(b, "BitwiseNot", x)
+    return _not(b, x) if x.dtype == torch.bool else elementwise(b, "BitwiseNot", x)
 
 
 def _logical(kind: str, bitwise: bool) -> Any:
@@ -424,7 +359,7 @@ def _isinf(b: Lowering, x: Held) -> Held:
 
 
 def where(b: Lowering, condition: Held, x: Any, y: Any, dtype: torch.dtype | None = None) -> Held:
-    x, y = _operands(b, dtype or b.dtype, _value(b, x, b.dtype), _value(b, y, b.dtype))
+    x, y = _operands(b, dtype or b.dtype, value_of(b, x, b.dtype), value_of(b, y, b.dtype))
     if x.dtype != y.dtype:
         x, y = b.cast(x, b.compute), b.cast(y, b.compute)
     return b.op("Where", condition, x, y, shape=broadcast(condition.shape, x.shape, y.shape), dtype=x.dtype)
@@ -438,193 +373,3 @@ def _where(b: Lowering, condition: Held, x: Any, y: Any) -> Held:
 @lowers("masked_fill.Scalar", "masked_fill.Tensor")
 def _masked_fill(b: Lowering, x: Held, mask: Held, value: Any) -> Held:
     return where(b, b.cast(mask, torch.bool), value, x)
-
-
-# -- reductions -----------------------------------------------------------------------------------------------------
-
-
-def reduce(b: Lowering, kind: str, x: Held, axes: Any, keep: bool, dtype: torch.dtype | None = None) -> Held:
-    """Reduces ``x`` (already whole) over ``axes`` (None or empty: all)."""
-    axes = [axes] if isinstance(axes, int) else axes
-    axes = sorted(axis_of(axis, x.rank) for axis in axes) if axes else list(range(x.rank))
-    if not axes:
-        return x
-    shape = [1 if at in axes else size for at, size in enumerate(x.shape)]
-    shape = shape if keep else [size for at, size in enumerate(shape) if at not in axes]
-    if b.opset >= 18 or kind == "ReduceSum":
-        return b.op(kind, x, b.ints(*axes), shape=shape, dtype=dtype or x.dtype, keepdims=int(keep))
-    return b.op(kind, x, shape=shape, dtype=dtype or x.dtype, axes=axes, keepdims=int(keep))
-
-
-def _input(b: Lowering, x: Held, index: int = 0) -> Held:
-    """The operand with its traced shape written out."""
-    assert b.node is not None
-    node = b.node.args[index]
-    return b.full(x, _shape_of(node))
-
-
-def _shape_of(node: Any) -> tuple[Dim, ...]:
-    from export.onnx_lowering import dim
-
-    return tuple(dim(size) for size in node.meta["val"].shape)
-
-
-@lowers("sum.dim_IntList", "sum")
-def _sum(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
-    wide = b.compute == torch.float16 and b.dtype == torch.float16
-    return reduce(b, "ReduceSum", b.cast(_input(b, x), torch.float32 if wide else b.dtype), axes, keepdim)
-
-
-@lowers("mean.dim", "mean")
-def _mean(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
-    return reduce(b, "ReduceMean", b.cast(_input(b, x), x.dtype if x.dtype.is_floating_point else b.dtype), axes, keepdim)
-
-
-@lowers("amax")
-def _amax(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False) -> Held:
-    return reduce(b, "ReduceMax", _input(b, x), axes, keepdim)
-
-
-@lowers("amin")
-def _amin(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False) -> Held:
-    return reduce(b, "ReduceMin", _input(b, x), axes, keepdim)
-
-
-@lowers("max")
-def _max(b: Lowering, x: Held) -> Held:
-    return reduce(b, "ReduceMax", _input(b, x), None, False)
-
-
-@lowers("min")
-def _min(b: Lowering, x: Held) -> Held:
-    return reduce(b, "ReduceMin", _input(b, x), None, False)
-
-
-@lowers("prod.dim_int", "prod")
-def _prod(b: Lowering, x: Held, axis: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
-    return reduce(b, "ReduceProd", b.cast(_input(b, x), b.dtype), axis, keepdim)
-
-
-def _extreme(kind: str, arg: str) -> Any:
-    def lowering(b: Lowering, x: Held, axis: int, keepdim: bool = False) -> list[Held]:
-        x = _input(b, x)
-        value = reduce(b, kind, x, axis, keepdim)
-        index = b.op(arg, x, shape=value.shape, dtype=torch.int64, axis=axis_of(axis, x.rank), keepdims=int(keepdim))
-        return [value, index]
-
-    return lowering
-
-
-lowers("max.dim")(_extreme("ReduceMax", "ArgMax"))
-lowers("min.dim")(_extreme("ReduceMin", "ArgMin"))
-
-
-def _arg(kind: str) -> Any:
-    def lowering(b: Lowering, x: Held, axis: int | None = None, keepdim: bool = False) -> Held:
-        x = _input(b, x)
-        if x.dtype == torch.bool:
-            x = b.cast(x, torch.int32)
-        if axis is None:
-            x, axis = b.reshape(x, (math.prod(x.shape),)), 0
-        return b.op(kind, x, axis=axis_of(axis, x.rank), keepdims=int(keepdim))
-
-    return lowering
-
-
-lowers("argmax")(_arg("ArgMax"))
-lowers("argmin")(_arg("ArgMin"))
-
-
-def _quantifier(kind: str) -> Any:
-    def lowering(b: Lowering, x: Held, axes: Any = None, keepdim: bool = False) -> Held:
-        found = b.cast(b.cast(_input(b, x), torch.bool), torch.int32)
-        return b.cast(reduce(b, kind, found, axes, keepdim), torch.bool)
-
-    return lowering
-
-
-lowers("any", "any.dim", "any.dims")(_quantifier("ReduceMax"))
-lowers("all", "all.dim", "all.dims")(_quantifier("ReduceMin"))
-
-
-@lowers("var.correction", "var.dim", "var", "std.correction", "std.dim", "std")
-def _var(b: Lowering, x: Held, axes: Any = None, unbiased: Any = None, keepdim: bool = False, correction: Any = None) -> Held:
-    assert b.node is not None
-    if isinstance(axes, bool):
-        axes, unbiased = None, axes
-    if "correction" in str(b.node.target):
-        correction, keepdim = 1 if correction is None else correction, bool(b.node.kwargs.get("keepdim", keepdim))
-    else:
-        correction = int(unbiased is None or unbiased)
-    x = _input(b, x)
-    every = [axes] if isinstance(axes, int) else axes or list(range(x.rank))
-    every = [axis_of(axis, x.rank) for axis in every]
-    centered = binary(b, "Sub", x, reduce(b, "ReduceMean", x, every, True))
-    mean = reduce(b, "ReduceMean", binary(b, "Mul", centered, centered), every, keepdim)
-    count = math.prod(x.shape[axis] for axis in every)
-    if correction:
-        mean = binary(b, "Mul", mean, count / (count - correction))
-    return _same(b, "Sqrt", mean) if "std" in str(b.node.target) else mean
-
-
-@lowers("norm.ScalarOpt_dim", "linalg_vector_norm", "norm.Scalar")
-def _norm(b: Lowering, x: Held, order: Any = 2, axes: Any = None, keepdim: bool = False, dtype: Any = None) -> Held:
-    kind = {1: "ReduceL1", 2: "ReduceL2", None: "ReduceL2"}.get(order)
-    if kind is None:
-        raise b.refuse(f"a norm of order {order} has no ONNX form here", "Use order 1 or 2.")
-    return reduce(b, kind, _input(b, x), axes, keepdim)
-
-
-@lowers("logsumexp")
-def _logsumexp(b: Lowering, x: Held, axes: Any, keepdim: bool = False) -> Held:
-    return reduce(b, "ReduceLogSumExp", _input(b, x), axes, keepdim)
-
-
-@lowers("cumsum")
-def _cumsum(b: Lowering, x: Held, axis: int, dtype: Any = None) -> Held:
-    x = b.cast(_input(b, x), b.dtype)
-    return b.op("CumSum", x, b.constant(axis_of(axis, x.rank), torch.int64), shape=x.shape)
-
-
-# -- tensors from nothing -------------------------------------------------------------------------------------------
-
-
-def _filled(b: Lowering, value: Any) -> Held:
-    """One value in the traced shape, left to broadcasting."""
-    if isinstance(value, Held):
-        return b.cast(b.squeeze(value), b.dtype)
-    value = _value(b, value, b.dtype)
-    if isinstance(value, Held):
-        return value
-    return Held((1,) * len(b.shape), b.dtype, const=torch.full((1,) * len(b.shape), value, dtype=b._traced().dtype))
-
-
-@lowers("full", "full_like", "new_full", "fill.Scalar", "fill.Tensor")
-def _full(b: Lowering, x: Any, value: Any = None, fill: Any = None, **_: Any) -> Held:
-    assert b.node is not None
-    return _filled(b, fill if "new_full" in str(b.node.target) else value)
-
-
-@lowers("zeros", "zeros_like", "new_zeros", "empty.memory_format", "empty_like", "new_empty", "zero")
-def _zeros(b: Lowering, *_: Any, **__: Any) -> Held:
-    return _filled(b, 0)
-
-
-@lowers("ones", "ones_like", "new_ones")
-def _ones(b: Lowering, *_: Any, **__: Any) -> Held:
-    return _filled(b, 1)
-
-
-@lowers("scalar_tensor")
-def _scalar_tensor(b: Lowering, value: Any, **_: Any) -> Held:
-    return _filled(b, value)
-
-
-@lowers("arange", "arange.start", "arange.start_step")
-def _arange(b: Lowering, start: Any, end: Any = None, step: Any = 1, **_: Any) -> Held:
-    if end is None:
-        start, end = 0, start
-    if start == 0 and step == 1 and b.dtype in (torch.int64, torch.int32):
-        return Held(b.shape, b.dtype, iota=0)
-    bounds = [_value(b, item, b.dtype) for item in (start, end, step)]
-    return b.op("Range", *(item if isinstance(item, Held) else b.constant(item, b.dtype) for item in bounds))

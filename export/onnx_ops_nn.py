@@ -10,7 +10,8 @@ import torch
 
 from export import onnx_carried
 from export.onnx_lowering import Held, Lowering, axis_of, dim, lowers
-from export.onnx_ops import _input, add, biased, binary, broadcast, where
+from export.onnx_ops import add, biased, binary, broadcast, where, whole_input
+from export.onnx_ops_reduce import reduce
 
 __all__ = ["product"]
 
@@ -38,7 +39,7 @@ def _vector_product(b: Lowering, x: Held, y: Held) -> Held:
 
 @lowers("linear")
 def _linear(b: Lowering, x: Held, weight: Held, bias: Held | None = None) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     if weight.carried is not None and not weight.flipped:
         return onnx_carried.product(b, x, weight.carried, bias)
     made = product(b, x, b.transpose(weight, [1, 0]))
@@ -47,7 +48,7 @@ def _linear(b: Lowering, x: Held, weight: Held, bias: Held | None = None) -> Hel
 
 @lowers("matmul", "mm", "bmm", "__matmul__")
 def _matmul(b: Lowering, x: Held, y: Held) -> Held:
-    return product(b, _input(b, x), _input(b, y, 1) if y.carried is None else y)
+    return product(b, whole_input(b, x), whole_input(b, y, 1) if y.carried is None else y)
 
 
 @lowers("addmm", "baddbmm")
@@ -78,7 +79,7 @@ def _tuple(value: Any, count: int) -> list[int]:
 def _convolve(
     b: Lowering, x: Held, weight: Held, bias: Held | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     spatial = x.rank - 2
     traced_weight = tuple(weight.shape if weight.carried is None else weight.carried.shape)
     kernel = list(traced_weight[2:])
@@ -118,7 +119,7 @@ def _conv_transpose(
     b: Lowering, x: Held, weight: Held, bias: Held | None = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
     groups: int = 1, dilation: Any = 1,
 ) -> Held:  # fmt: skip
-    x, count = _input(b, x), x.rank - 2
+    x, count = whole_input(b, x), x.rank - 2
     weight = onnx_carried.dense(b, weight.carried) if weight.carried is not None else weight
     return b.op("ConvTranspose", x, weight, bias, dtype=b.dtype, strides=_tuple(stride, count), group=groups,
                 pads=_tuple(padding, count) * 2, dilations=_tuple(dilation, count),
@@ -135,7 +136,7 @@ def _parameter(b: Lowering, held: Held | None, count: int, value: float, like: H
 @lowers("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update", "cudnn_batch_norm")
 def _batch_norm(b: Lowering, x: Held, weight: Held | None, bias: Held | None, mean: Held, var: Held, *rest: Any) -> Any:
     assert b.node is not None
-    x = _input(b, x)
+    x = whole_input(b, x)
     name = str(b.node.target)
     epsilon = rest[2] if name == "aten.batch_norm.default" else rest[-1]
     if rest and rest[0] is True and "no_training" not in name and "no_update" not in name:
@@ -154,7 +155,7 @@ def _layer_norm(
     *_: Any,
 ) -> Any:  # fmt: skip
     assert b.node is not None
-    x = _input(b, x)
+    x = whole_input(b, x)
     scale = b.constant(torch.ones(list(size)), x.dtype) if weight is None else weight
     made = b.op("LayerNormalization", x, scale, bias, shape=x.shape, dtype=x.dtype, axis=-len(size), epsilon=float(epsilon))
     return [made, made, made] if "native" in str(b.node.target) else made
@@ -162,9 +163,7 @@ def _layer_norm(
 
 @lowers("rms_norm")
 def _rms_norm(b: Lowering, x: Held, size: Sequence[int], weight: Held | None = None, epsilon: float | None = None) -> Held:
-    from export.onnx_ops import reduce
-
-    x = _input(b, x)
+    x = whole_input(b, x)
     given = x.dtype
     wide = b.cast(x, torch.float32)
     squares = b.op("Mul", wide, wide, shape=x.shape, dtype=wide.dtype)
@@ -179,7 +178,7 @@ def _rms_norm(b: Lowering, x: Held, size: Sequence[int], weight: Held | None = N
 @lowers("group_norm", "native_group_norm")
 def _group_norm(b: Lowering, x: Held, *arguments: Any) -> Any:
     assert b.node is not None
-    x = _input(b, x)
+    x = whole_input(b, x)
     native = "native" in str(b.node.target)
     if native:
         weight, bias, _, _, _, groups, epsilon = arguments
@@ -202,8 +201,6 @@ def _group_norm(b: Lowering, x: Held, *arguments: Any) -> Any:
 
 
 def _normalized(b: Lowering, x: Held, epsilon: float) -> Held:
-    from export.onnx_ops import reduce
-
     centered = binary(b, "Sub", x, reduce(b, "ReduceMean", x, -1, True))
     variance = reduce(b, "ReduceMean", binary(b, "Mul", centered, centered), -1, True)
     root = b.op("Sqrt", binary(b, "Add", variance, epsilon), shape=variance.shape, dtype=x.dtype)
@@ -222,7 +219,7 @@ def _instance_norm(
     b: Lowering, x: Held, weight: Held | None, bias: Held | None, mean: Any, var: Any, use_input_stats: bool, momentum: float,
     epsilon: float, *_: Any,
 ) -> Held:  # fmt: skip
-    x = _input(b, x)
+    x = whole_input(b, x)
     if not use_input_stats:
         return _batch_norm(b, x, weight, bias, mean, var, False, momentum, epsilon)  # type: ignore[no-any-return]
     channels = x.shape[1]
@@ -235,13 +232,13 @@ def _instance_norm(
 
 @lowers("softmax.int", "_softmax", "_safe_softmax")
 def _softmax(b: Lowering, x: Held, axis: int, *_: Any, **__: Any) -> Held:
-    x = b.cast(_input(b, x), b.dtype)
+    x = b.cast(whole_input(b, x), b.dtype)
     return b.op("Softmax", x, shape=x.shape, dtype=x.dtype, axis=axis_of(axis, x.rank))
 
 
 @lowers("log_softmax.int", "_log_softmax")
 def _log_softmax(b: Lowering, x: Held, axis: int, *_: Any, **__: Any) -> Held:
-    x = b.cast(_input(b, x), b.dtype)
+    x = b.cast(whole_input(b, x), b.dtype)
     return b.op("LogSoftmax", x, shape=x.shape, dtype=x.dtype, axis=axis_of(axis, x.rank))
 
 
@@ -262,7 +259,6 @@ def _additive(b: Lowering, mask: Held, dtype: torch.dtype) -> Held:
 def _attends(b: Lowering, mask: Held, dtype: torch.dtype) -> Held | None:
     """1 for each query that attends to something, 0 for the others, whose result torch defines as zero; None where every
     query does: a mask over keys alone leaves out a query only where its whole row is padding."""
-    from export.onnx_ops import reduce
 
     if mask.shape[-2] == 1 and mask.const is None:
         return None
@@ -291,7 +287,7 @@ def _attention(
     b: Lowering, q: Held, k: Held, v: Held, mask: Held | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Held:  # fmt: skip
-    q, k, v = (_narrow(b, _input(b, item, index)) for index, item in enumerate((q, k, v)))
+    q, k, v = (_narrow(b, whole_input(b, item, index)) for index, item in enumerate((q, k, v)))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if enable_gqa and k.shape[-3] != q.shape[-3]:
         k, v = (_repeated_heads(b, item, q.shape[-3]) for item in (k, v))
@@ -327,14 +323,14 @@ def _repeated_heads(b: Lowering, x: Held, heads: int) -> Held:
 @lowers("embedding")
 def _embedding(b: Lowering, weight: Held, ids: Held, *_: Any, **__: Any) -> Held:
     if weight.carried is not None:
-        return onnx_carried.rows(b, _input(b, ids, 1), weight.carried)
-    ids = _input(b, ids, 1)
+        return onnx_carried.rows(b, whole_input(b, ids, 1), weight.carried)
+    ids = whole_input(b, ids, 1)
     return b.op("Gather", weight, ids, shape=(*ids.shape, weight.shape[1]), dtype=b.narrow(weight.dtype), axis=0)
 
 
 @lowers("one_hot")
 def _one_hot(b: Lowering, ids: Held, classes: int = -1) -> Held:
-    ids = _input(b, ids)
+    ids = whole_input(b, ids)
     depth = b.constant(classes, torch.int64)
     return b.op("OneHot", ids, depth, b.constant([0, 1], torch.int64), axis=-1)
 
@@ -343,7 +339,7 @@ def _one_hot(b: Lowering, ids: Held, classes: int = -1) -> Held:
 
 
 def _pool(b: Lowering, kind: str, x: Held, kernel: Any, stride: Any, padding: Any, ceil: bool, **more: Any) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     squeezed = x
     count = 1 if "1d" in str(b.node.target) else 3 if "3d" in str(b.node.target) else 2  # type: ignore[union-attr]
     if x.rank == count + 1:
@@ -386,9 +382,7 @@ def _avg_pool(
 
 @lowers("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d")
 def _adaptive(b: Lowering, x: Held, size: Any) -> Held:
-    from export.onnx_ops import reduce
-
-    x = _input(b, x)
+    x = whole_input(b, x)
     count = len(size) if isinstance(size, (list, tuple)) else 1
     sizes = _tuple(size, count)
     spatial = list(x.shape[-count:])
@@ -422,7 +416,7 @@ def _averaged(b: Lowering, x: Held, axis: int, length: int, target: int) -> Held
         "_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec")  # fmt: skip
 def _upsample(b: Lowering, x: Held, size: Any, *rest: Any) -> Held:
     assert b.node is not None
-    x, name = _input(b, x), str(b.node.target)
+    x, name = whole_input(b, x), str(b.node.target)
     mode = "nearest" if "nearest" in name else "cubic" if "cubic" in name else "linear"
     attributes: dict[str, Any] = {"mode": mode}
     if mode == "nearest":
@@ -462,7 +456,7 @@ def _exact(held: Held) -> Held:
 @lowers("im2col")
 def _im2col(b: Lowering, x: Held, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Held:
     """Unfold: each window's values as a column, by a convolution with unit kernels per channel."""
-    x = _input(b, x)
+    x = whole_input(b, x)
     kernel = _tuple(kernel, 2)
     count, channels = kernel[0] * kernel[1], x.shape[1]
     if not isinstance(channels, int):
@@ -483,7 +477,7 @@ def _im2col(b: Lowering, x: Held, kernel: Any, dilation: Any, padding: Any, stri
 @lowers("col2im")
 def _col2im(b: Lowering, x: Held, size: Sequence[Any], kernel: Any, dilation: Any, padding: Any, stride: Any) -> Held:
     """Fold: the sum of windows at their places; windows that do not overlap are only moved."""
-    x = _input(b, x)
+    x = whole_input(b, x)
     kernel, stride, padding = _tuple(kernel, 2), _tuple(stride, 2), _tuple(padding, 2)
     if kernel == stride and not any(padding) and _tuple(dilation, 2) == [1, 1]:
         channels = x.shape[1] // math.prod(kernel)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from export.onnx_lowering import Dim, Held, Lowering, axis_of, dim, lowers
-from export.onnx_ops import _input, _shape_of, broadcast
+from export.onnx_ops import broadcast, traced_shape, whole_input
 
 __all__: list[str] = []
 
@@ -18,7 +18,7 @@ _END = 2**62
 
 @lowers("view", "reshape", "_unsafe_view", "unflatten.int", "flatten.using_ints", "view_as", "reshape_as", "_reshape_alias")
 def _view(b: Lowering, x: Held, *_: Any) -> Held:
-    return b.reshape(_input(b, x), b.shape)
+    return b.reshape(whole_input(b, x), b.shape)
 
 
 @lowers("unsqueeze")
@@ -30,7 +30,7 @@ def _unsqueeze(b: Lowering, x: Held, axis: int) -> Held:
 @lowers("squeeze", "squeeze.dim", "squeeze.dims")
 def _squeeze(b: Lowering, x: Held, axes: Any = None) -> Held:
     assert b.node is not None
-    traced = _shape_of(b.node.args[0])
+    traced = traced_shape(b.node.args[0])
     axes = range(x.rank) if axes is None else [axes] if isinstance(axes, int) else axes
     gone = [at for at in (axis_of(axis, x.rank) for axis in axes) if traced[at] == 1]
     kept = [at for at in range(x.rank) if at not in gone]
@@ -105,7 +105,7 @@ def _starts_at(b: Lowering, value: Any, size: Dim) -> Any:
 def _slice(b: Lowering, x: Held, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Held:
     assert b.node is not None
     axis = axis_of(axis, x.rank)
-    traced, made = _shape_of(b.node.args[0]), b.shape
+    traced, made = traced_shape(b.node.args[0]), b.shape
     if traced[axis] == made[axis] and step == 1:
         return x
     if x.shape[axis] == 1 and traced[axis] != 1:
@@ -140,7 +140,7 @@ def _select(b: Lowering, x: Held, axis: int, index: Any) -> Held:
 def _pieces(b: Lowering, x: Held, axis: int) -> list[Held]:
     """Cuts ``x`` into the traced pieces along ``axis``."""
     assert b.node is not None
-    axis, x = axis_of(axis, x.rank), _input(b, x)
+    axis, x = axis_of(axis, x.rank), whole_input(b, x)
     shapes = [tuple(dim(size) for size in item.shape) for item in b.node.meta["val"]]
     if len(shapes) == 1:
         return [x]
@@ -163,7 +163,7 @@ def _split(b: Lowering, x: Held, sizes: Any, axis: int = 0) -> list[Held]:
 
 @lowers("unbind.int")
 def _unbind(b: Lowering, x: Held, axis: int = 0) -> list[Held]:
-    axis, x = axis_of(axis, x.rank), _input(b, x)
+    axis, x = axis_of(axis, x.rank), whole_input(b, x)
     if not isinstance(x.shape[axis], int):
         raise b.refuse("unbind along a dynamic dimension", "Make the dimension fixed.")
     shape = (*x.shape[:axis], *x.shape[axis + 1 :])
@@ -179,9 +179,9 @@ def _cat(b: Lowering, items: Sequence[Held], axis: int = 0) -> Held:
     wide = b.compute == torch.float16 and all(item.dtype == torch.float32 for item in items if item.const is None)
     dtype = torch.float32 if wide and b.dtype == torch.float16 else b.dtype
     whole = [
-        b.full(b.cast(item, dtype), _shape_of(node))
+        b.full(b.cast(item, dtype), traced_shape(node))
         for item, node in zip(items, nodes, strict=True)  # type: ignore[arg-type]
-        if _shape_of(node) != (0,)
+        if traced_shape(node) != (0,)
     ]
     if len(whole) == 1:
         return whole[0]
@@ -194,14 +194,14 @@ def _stack(b: Lowering, items: Sequence[Held], axis: int = 0) -> Held:
     axis = axis_of(axis, len(b.shape))
     made = []
     for item, node in zip(items, b.node.args[0], strict=True):  # type: ignore[arg-type]
-        whole = b.full(b.cast(item, b.dtype), _shape_of(node))
+        whole = b.full(b.cast(item, b.dtype), traced_shape(node))
         made.append(b.reshape(whole, (*whole.shape[:axis], 1, *whole.shape[axis:])))
     return b.op("Concat", *made, axis=axis)
 
 
 @lowers("repeat", "tile")
 def _repeat(b: Lowering, x: Held, times: Sequence[Any]) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     times = [*[1] * (x.rank - len(times)), *times]
     x = b.reshape(x, (*[1] * (len(times) - x.rank), *x.shape))
     if all(count == 1 or size == 1 for count, size in zip(times, x.shape, strict=True)):
@@ -211,7 +211,7 @@ def _repeat(b: Lowering, x: Held, times: Sequence[Any]) -> Held:
 
 @lowers("repeat_interleave.self_int")
 def _repeat_interleave(b: Lowering, x: Held, times: int, axis: int | None = None, output_size: Any = None) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     if axis is None:
         x, axis = b.reshape(x, (math.prod(x.shape),)), 0
     axis = axis_of(axis, x.rank)
@@ -221,7 +221,7 @@ def _repeat_interleave(b: Lowering, x: Held, times: int, axis: int | None = None
 
 @lowers("roll")
 def _roll(b: Lowering, x: Held, shifts: Any, axes: Any = ()) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     shape = x.shape
     if not axes:
         x, axes = b.reshape(x, (math.prod(shape),)), [0]
@@ -245,7 +245,7 @@ def _cut(b: Lowering, x: Held, axis: int, start: Any, end: Any, length: Dim) -> 
 def _slice_scatter(b: Lowering, x: Held, source: Held, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Held:
     """``x`` with a slice replaced: what is before it, the source, what is after it."""
     assert b.node is not None
-    x, source = _input(b, x), _input(b, b.cast(source, x.dtype), 1)
+    x, source = whole_input(b, x), whole_input(b, b.cast(source, x.dtype), 1)
     axis, length = axis_of(axis, x.rank), x.shape[axis_of(axis, x.rank)]
     if source.shape[axis] == length:
         return source
@@ -260,10 +260,10 @@ def _slice_scatter(b: Lowering, x: Held, source: Held, axis: int = 0, start: Any
 
 @lowers("select_scatter")
 def _select_scatter(b: Lowering, x: Held, source: Held, axis: int, index: int) -> Held:
-    source = _input(b, b.cast(source, x.dtype), 1)
+    source = whole_input(b, b.cast(source, x.dtype), 1)
     axis = axis_of(axis, x.rank)
     wide = b.reshape(source, (*source.shape[:axis], 1, *source.shape[axis:]))
-    x = _input(b, x)
+    x = whole_input(b, x)
     index = index + x.shape[axis] if index < 0 else index
     parts = [_cut(b, x, axis, 0, index, index)] if index else []
     parts += [wide] if index + 1 == x.shape[axis] else [wide, _cut(b, x, axis, index + 1, _END, x.shape[axis] - index - 1)]
@@ -277,7 +277,7 @@ def _copy(b: Lowering, x: Held, source: Held, *_: Any) -> Held:
 
 @lowers("flip")
 def _flip(b: Lowering, x: Held, axes: Sequence[int]) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     count = len(axes)
     at = b.ints(*(axis_of(axis, x.rank) for axis in axes))
     return b.op("Slice", x, b.ints(*[-1] * count), b.ints(*[-_END] * count), at, b.ints(*[-1] * count), dtype=x.dtype)
@@ -286,7 +286,7 @@ def _flip(b: Lowering, x: Held, axes: Sequence[int]) -> Held:
 @lowers("tril", "triu")
 def _tri(b: Lowering, x: Held, diagonal: int = 0) -> Held:
     assert b.node is not None
-    x, upper = _input(b, x), int("triu" in str(b.node.target))
+    x, upper = whole_input(b, x), int("triu" in str(b.node.target))
     made = b.cast(x, torch.int64) if x.dtype == torch.bool else x
     made = b.op("Trilu", made, b.constant(diagonal, torch.int64), shape=x.shape, dtype=made.dtype, upper=upper)
     return b.cast(made, x.dtype)
@@ -294,14 +294,14 @@ def _tri(b: Lowering, x: Held, diagonal: int = 0) -> Held:
 
 @lowers("diff")
 def _diff(b: Lowering, x: Held, order: int = 1, axis: int = -1, prepend: Held | None = None, append: Held | None = None) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     axis = axis_of(axis, x.rank)
     for extra, first in ((prepend, True), (append, False)):
         if extra is not None:
             key = "prepend" if first else "append"
             assert b.node is not None
             node = b.node.kwargs.get(key) or b.node.args[3 if first else 4]
-            extra = b.full(b.cast(extra, x.dtype), _shape_of(node))
+            extra = b.full(b.cast(extra, x.dtype), traced_shape(node))
             parts = (extra, x) if first else (x, extra)
             shape = tuple(size + extra.shape[at] if at == axis else size for at, size in enumerate(x.shape))
             x = b.op("Concat", *parts, shape=shape, dtype=x.dtype, axis=axis)
@@ -329,7 +329,7 @@ def _counts(index: Held, size: Dim) -> int | None:
 
 @lowers("index.Tensor", "_unsafe_index.Tensor")
 def _index(b: Lowering, x: Held, indices: Sequence[Held | None]) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     given = [(axis, item) for axis, item in enumerate(indices) if item is not None]
     if len(given) > 1 and len(given) == x.rank and (reshaped := _outer(b, x, given)) is not None:
         return reshaped
@@ -345,7 +345,7 @@ def _index(b: Lowering, x: Held, indices: Sequence[Held | None]) -> Held:
 def _index_shape(b: Lowering, index: Held, axis: int) -> tuple[Dim, ...]:
     assert b.node is not None
     node = b.node.args[1][axis]  # type: ignore[index]
-    return index.shape if index.const is not None else _shape_of(node)
+    return index.shape if index.const is not None else traced_shape(node)
 
 
 def _positions(b: Lowering, index: Held) -> Held:
@@ -391,7 +391,7 @@ def _gather_nd(b: Lowering, x: Held, given: Sequence[tuple[int, Held]]) -> Held:
 
 @lowers("index_select")
 def _index_select(b: Lowering, x: Held, axis: int, index: Held) -> Held:
-    return b.op("Gather", _input(b, x), index, axis=axis_of(axis, x.rank), dtype=x.dtype)
+    return b.op("Gather", whole_input(b, x), index, axis=axis_of(axis, x.rank), dtype=x.dtype)
 
 
 @lowers("gather", "take_along_dim")
@@ -399,15 +399,15 @@ def _gather(b: Lowering, x: Held, axis: int, index: Held, **_: Any) -> Held:
     assert b.node is not None
     if isinstance(axis, Held):
         axis, index = index, axis  # type: ignore[assignment]
-        return b.op("GatherElements", _input(b, x), _input(b, index, 1), axis=axis_of(axis, x.rank), dtype=x.dtype)
-    return b.op("GatherElements", _input(b, x), _input(b, index, 2), axis=axis_of(axis, x.rank), dtype=x.dtype)
+        return b.op("GatherElements", whole_input(b, x), whole_input(b, index, 1), axis=axis_of(axis, x.rank), dtype=x.dtype)
+    return b.op("GatherElements", whole_input(b, x), whole_input(b, index, 2), axis=axis_of(axis, x.rank), dtype=x.dtype)
 
 
 @lowers("index_put")
 def _index_put(b: Lowering, x: Held, indices: Sequence[Held | None], values: Held, accumulate: bool = False) -> Held:
     if accumulate or any(item is None or item.dtype == torch.bool for item in indices):
         raise b.refuse("aten.index_put with a mask, a gap or accumulation has no ONNX form here", "Use torch.where.")
-    x = _input(b, x)
+    x = whole_input(b, x)
     given = [b.cast(item, torch.int64) for item in indices if item is not None]
     shape = broadcast(*(item.shape for item in given))
     parts = [
@@ -420,7 +420,7 @@ def _index_put(b: Lowering, x: Held, indices: Sequence[Held | None], values: Hel
 
 @lowers("scatter.src", "scatter.value")
 def _scatter(b: Lowering, x: Held, axis: int, index: Held, source: Any) -> Held:
-    x, index = _input(b, x), _input(b, index, 2)
+    x, index = whole_input(b, x), whole_input(b, index, 2)
     source = b.cast(source, x.dtype) if isinstance(source, Held) else b.constant(source, x.dtype)
     return b.op("ScatterElements", x, index, b.full(source, index.shape), axis=axis_of(axis, x.rank), dtype=x.dtype)
 
@@ -428,14 +428,14 @@ def _scatter(b: Lowering, x: Held, axis: int, index: Held, source: Any) -> Held:
 @lowers("topk")
 def _topk(b: Lowering, x: Held, count: Any, axis: int = -1, largest: bool = True, sorted: bool = True) -> list[Held]:
     assert b.node is not None
-    x = _input(b, x)
+    x = whole_input(b, x)
     outputs = [(_dims(item), item.dtype if item.dtype == torch.int64 else x.dtype) for item in b.node.meta["val"]]
     return b.ops("TopK", x, b.size(count), outputs=outputs, axis=axis_of(axis, x.rank), largest=int(largest), sorted=1)
 
 
 @lowers("sort", "sort.stable")
 def _sort(b: Lowering, x: Held, axis: int = -1, descending: bool = False, **_: Any) -> list[Held]:
-    x = _input(b, x)
+    x = whole_input(b, x)
     axis = axis_of(axis, x.rank)
     outputs = [(x.shape, x.dtype), (x.shape, torch.int64)]
     return b.ops("TopK", x, b.size(x.shape[axis]), outputs=outputs, axis=axis, largest=int(descending), sorted=1)
@@ -455,7 +455,7 @@ def _dims(tensor: Any) -> tuple[Dim, ...]:
 
 @lowers("constant_pad_nd", "pad")
 def _pad(b: Lowering, x: Held, pads: Sequence[Any], mode: Any = "constant", value: Any = None) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     if not isinstance(mode, str):
         mode, value = "constant", mode
     names = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
@@ -473,12 +473,12 @@ def _pad(b: Lowering, x: Held, pads: Sequence[Any], mode: Any = "constant", valu
 
 @lowers("pixel_shuffle")
 def _pixel_shuffle(b: Lowering, x: Held, factor: int) -> Held:
-    return b.op("DepthToSpace", _input(b, x), dtype=x.dtype, blocksize=factor, mode="CRD")
+    return b.op("DepthToSpace", whole_input(b, x), dtype=x.dtype, blocksize=factor, mode="CRD")
 
 
 @lowers("pixel_unshuffle")
 def _pixel_unshuffle(b: Lowering, x: Held, factor: int) -> Held:
-    x = _input(b, x)
+    x = whole_input(b, x)
     batch, channels, height, width = x.shape
     split = b.reshape(x, (batch, channels, height // factor, factor, width // factor, factor))
     return b.reshape(b.transpose(split, [0, 1, 3, 5, 2, 4]), b.shape)

@@ -89,7 +89,15 @@ def _check_dimensions(source: Traceable, dynamic: Iterable[str]) -> None:
 
 def _lowerable(program: Any) -> Any:
     """The program as it is where every operation has a lowering; else with the others decomposed by torch."""
-    from export import onnx_carried, onnx_ops, onnx_ops_nn, onnx_ops_shape  # noqa: F401
+    from export import (  # noqa: F401
+        onnx_carried,
+        onnx_ops,
+        onnx_ops_activations,
+        onnx_ops_made,
+        onnx_ops_nn,
+        onnx_ops_reduce,
+        onnx_ops_shape,
+    )
     from export.onnx_lowering import LOWERINGS
 
     if set(_targets(program.graph)) <= LOWERINGS.keys():
