@@ -133,6 +133,7 @@ class BlockFidelity(_Record):
     sqnr_db: float | None = Field(description="of the block's output, dB; null when equal or when the block is gone")
     gone: bool = Field(False, description="whether a pass took the block out")
     rows: int = Field(description="calibration rows compared")
+    note: str = Field("", description="why there is no figure, e.g. a pass shortened the sequence")
 
 
 class RoleBytes(_Record):
@@ -152,6 +153,7 @@ class StepRecord(_Record):
     bytes_before: int
     bytes_after: int
     changed: int = Field(description="tensors added, removed or changed")
+    sites: int = Field(0, description="layers of the model before the pass with such a tensor")
     report: dict[str, Any] = {}
     rows: list[Row] = Field([], description="with measure: each_pass, the table after this pass")
     worth: list[Worth] = Field([], description="with measure: each_pass, what this pass brought to each file")
