@@ -68,7 +68,10 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON under a temporary name and renames it."""
+    """Writes JSON under a temporary name and renames it, so that the file is whole whenever it is there."""
     unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    with unfinished.open("w") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)

@@ -1,0 +1,201 @@
+"""The memory of a run, in its folder: which parts are finished, so that the same run goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from compress import manifest
+from compress.identity import differences
+from compress.progress import Progress
+
+__all__ = ["FOLDER", "Journal"]
+
+FOLDER = ".unfinished"
+"""Sub-folder of the run folder; gone when the run is finished."""
+
+Value = TypeVar("Value")
+
+
+class Journal:
+    """One small JSON record for each finished part of a run, written after the part's files are in place.
+
+    A record is believed only while the files that it names still have the recorded hashes. A part that has to be made again
+    and then gives other files takes the records of all later parts with it.
+
+    Attributes:
+        folder: where the records lie, and room for what parts keep for one another.
+        resumed: names of the parts that were taken over.
+        seconds: what each part took, in whichever process it was made.
+        peak_memory_bytes: largest resident size of the processes that made the parts.
+        warnings: what a report must say, such as why nothing was taken over.
+    """
+
+    def __init__(self, out: Path, seed: int = 0, progress: Progress | None = None) -> None:
+        self.out, self.folder = out, out / FOLDER
+        self.resumed: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self._peak = self._number = 0
+        self._seed, self._progress = seed, progress or Progress()
+
+    def begin(self, name: str, identity: dict[str, str]) -> bool:
+        """Whether the run goes on from an interrupted one; otherwise what that left behind is gone.
+
+        Args:
+            name: of the recipe.
+            identity: ``compress.identity.identity`` of this run.
+        """
+        before = _read(self.folder / "run.json")
+        if before is not None:
+            differ = differences(before["identity"], identity)
+            if not differ:
+                return True
+            self.warnings.append(f"started again: {_listed(differ)} changed since the interrupted run")
+            self._progress.note(self.warnings[-1])
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return False
+
+    def start(self, name: str, identity: dict[str, str]) -> None:
+        """Notes whose run this is."""
+        self.folder.mkdir(exist_ok=True)
+        manifest.write_json(self.folder / "run.json", {"name": name, "identity": identity})
+
+    def part(
+        self,
+        name: str,
+        kind: type[Value],
+        make: Callable[[], Value],
+        *,
+        makes: Iterable[Path] = (),
+        reads: Iterable[Path] = (),
+        says: str = "",
+    ) -> Value:
+        """The value of a part: the recorded one if the part is finished, else what ``make`` returns, which is recorded.
+
+        The random generators are seeded by the recipe's seed and the part's name, so that a part gives the same whatever ran
+        before it in this process.
+
+        Args:
+            name: of the part, the same in every run of a recipe.
+            kind: its type, which pydantic can write as JSON and read back.
+            makes: files and folders that it makes; what lies there is removed before.
+            reads: other files that its value follows from.
+            says: what progress calls it (default: its name).
+        """
+        self._number += 1
+        makes, reads = list(makes), list(reads)
+        if self.finished(name):
+            record = self._record(name)
+            assert record is not None
+            self.resumed.append(name)
+            self._progress.note(f"{says or name}: taken over")
+        else:
+            for path in makes:
+                _remove(path)
+            started = time.perf_counter()
+            with self._progress.step(says or name):
+                self._settle(name)
+                value = TypeAdapter(kind).dump_python(make(), mode="json")
+            record = self._written(name, value, time.perf_counter() - started, [*makes, *reads])
+        self.seconds[name] = record["seconds"]
+        self._peak = max(self._peak, record["peak_memory_bytes"])
+        made: Value = TypeAdapter(kind).validate_json(json.dumps(record["value"]))
+        return made
+
+    def recorded(self, name: str) -> bool:
+        """Whether there is a record of the part, whatever became of its files."""
+        return self._record(name) is not None
+
+    def finished(self, name: str) -> bool:
+        """Whether there is a record of the part and its files are those that it names."""
+        record = self._record(name)
+        return record is not None and all(
+            (self.out / file).is_file() and manifest.digest(self.out / file) == digest for file, digest in record["files"].items()
+        )
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(self._peak, _peak())
+
+    def close(self) -> None:
+        """The run is finished: nothing of the journal is needed any more."""
+        shutil.rmtree(self.folder)
+
+    def _settle(self, name: str) -> None:
+        seed = zlib.crc32(name.encode(), self._seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def _written(self, name: str, value: Any, seconds: float, paths: list[Path]) -> dict[str, Any]:
+        before = self._record(name)
+        record = {
+            "part": name,
+            "number": self._number,
+            "value": value,
+            "files": {file.relative_to(self.out).as_posix(): manifest.digest(file) for path in paths for file in _files(path)},
+            "seconds": seconds,
+            "peak_memory_bytes": _peak(),
+        }
+        if before is not None and before["files"] != record["files"]:
+            for path, later in self._records():
+                if later["number"] > self._number:
+                    path.unlink()
+        manifest.write_json(self._path(name), record)
+        return record
+
+    def _records(self) -> list[tuple[Path, dict[str, Any]]]:
+        found = [(path, _read(path)) for path in self.folder.glob("*.part.json")]
+        return [(path, record) for path, record in found if record is not None]
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        return _read(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.part.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record, or None where there is none; one that is damaged counts as none."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _peak() -> int:
+    """Largest resident size of this process, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

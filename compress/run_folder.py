@@ -1,0 +1,152 @@
+"""The run folder: one run at a time, never another recipe's, and a disk that is full or closed is said in one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibrate.errors import UserError
+from compress.journal import FOLDER
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+__all__ = ["LOCK", "locked", "own", "prepare", "writable"]
+
+LOCK = ".lock"
+
+_STALE = ("report.json", "report.html", "validation.json", "manifest.json", "kept.safetensors", "model.safetensors")
+_STALE_FOLDERS = ("onnx", "coreml", "tensorrt", "baseline", "source")
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+}
+_SAID = re.compile(r"no space left on device|disk quota exceeded|read-only file system", re.IGNORECASE)
+_LEAST_BYTES = 64 * 1024
+
+
+def own(out: Path, name: str) -> None:
+    """Checks that a folder may be used for runs of the recipe ``name``: it does not exist, is empty, or holds such a run.
+
+    Raises:
+        UserError: it holds something else, or a run of another recipe.
+    """
+    if out.is_file():
+        raise UserError(str(out), "is a file", "Name a folder with --out.")
+    if not out.is_dir():
+        return
+    there = {entry.name for entry in out.iterdir()} - {LOCK, FOLDER}
+    if there and not (out / "recipe.yaml").is_file():
+        raise UserError(str(out), "exists and is not a run folder", "Name another folder with --out, or remove it.")
+    for state, key in ((f"{FOLDER}/run.json", "name"), ("manifest.json", "recipe")):
+        found = _state(out / state).get(key, name)
+        if found != name:
+            hint = "Name another folder with --out, or give --fresh to remove that run."
+            raise UserError(str(out), f"holds a run of the recipe {found}, this is {name}", hint)
+
+
+def prepare(out: Path, recipe: Recipe) -> None:
+    """Makes the folder ready for a run from the beginning: what an earlier run left is removed, the report first."""
+    for stale in _STALE:
+        (out / stale).unlink(missing_ok=True)
+    folders = {*_STALE_FOLDERS, *(exporter.filename.partition("/")[0] for exporter in recipe.export)}
+    for stale in folders:
+        if (out / stale).exists():
+            shutil.rmtree(out / stale)
+    unfinished = out / ".recipe.yaml.part"
+    unfinished.write_text(recipe.text)
+    os.replace(unfinished, out / "recipe.yaml")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the folder for this process. The lock is the kernel's: it goes with the process, however that ends. A folder that
+    holds nothing at the end is removed, where this made it.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / LOCK
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        told = path.read_text().strip()
+        who = f"process {told}" if told.isdigit() else "another process"
+        raise UserError(str(out), f"{who} is at work in this folder", "Wait for it, or name another with --out.") from None
+    try:
+        path.write_text(str(os.getpid()))
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+        _remove_empty(made)
+
+
+@contextmanager
+def writable(out: Path) -> Iterator[None]:
+    """Turns what the system and the libraries raise where a disk is full, read-only or closed into one line.
+
+    Raises:
+        UserError: names the file, or the folder where the error does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = str(error.filename) if error.filename else str(out)
+        raise UserError(where, _DISK[error.errno], _way_out(error.errno)) from error
+    except UserError as error:
+        if not (said := _SAID.search(str(error))):
+            raise
+        raise UserError(str(out), said.group().lower(), _way_out(errno.ENOSPC)) from error
+    except Exception as error:
+        said = _SAID.search(str(error))
+        if not said and not _full(out):
+            raise
+        raise UserError(str(out), said.group().lower() if said else "the disk is full", _way_out(errno.ENOSPC)) from error
+
+
+def _way_out(number: int) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "Make room; the same command goes on from here."
+    return "Name another folder with --out, or change the permissions."
+
+
+def _full(out: Path) -> bool:
+    """Whether nothing more fits: some libraries do not say why they could not write."""
+    folder = next((folder for folder in (out, *out.parents) if folder.is_dir()), Path())
+    return shutil.disk_usage(folder).free < _LEAST_BYTES
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes folders that hold nothing, from the innermost."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
