@@ -40,6 +40,9 @@ class Progress:
     def update(self, done: int, total: int, what: str = "") -> None:
         """How far the current step is: ``done`` of ``total`` (0: nobody knows), and at what."""
 
+    def note(self, line: str) -> None:
+        """Something to know that is no step, in one line."""
+
 
 def duration(seconds: float) -> str:
     """``8 s``, ``2 min 5 s``, ``1 h 4 min``."""
@@ -162,6 +165,10 @@ class LineProgress(Progress):
             far = " ".join(filter(None, (pace.what, pace.says(now)))) or "at work"
             self._say(f"{pace.name}: {far}, {duration(now - pace.started)} so far")
 
+    def note(self, line: str) -> None:
+        with self._lock:
+            self._say(line)
+
     def _say(self, line: str) -> None:
         self._spoke = self._clock()
         self._write(line)
@@ -234,6 +241,11 @@ class LiveProgress(Progress):
             pace.told(self._clock(), done, total, what)
             self._bars.update(task, completed=done, total=total or None)
 
+    def note(self, line: str) -> None:
+        from rich.text import Text
+
+        self._bars.console.print(Text(line, style="dim"))
+
     def _add(self, pace: Pace, whole: bool = False) -> Any:
         # The line of the whole run stays the last: tasks are shown in the order in which they were made.
         if not whole and self._whole is not None:
@@ -258,8 +270,3 @@ class LiveProgress(Progress):
 
 
 _BAR, _WIDE = 20, 100
-
-    def note(self, line: str) -> None:
-        from rich.text import Text
-
-        self._bars.console.print(Text(line, style="dim"))
