@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +18,8 @@ from calibrate.signature import Batch
 from calibrate.text import missing_column
 
 __all__ = ["ArrayEncoder", "Npz"]
+
+_AGAIN = "The file is damaged; write it again with numpy.savez."
 
 
 class Npz(Table):
@@ -47,7 +51,7 @@ class Npz(Table):
             raise UserError(name, f"arrays have different numbers of rows: {told}", "The first dimension is the rows.")
         self._rows = next(iter(lengths.values()))
         if not self._rows:
-            raise UserError(name, "has no rows", "")
+            raise UserError(name, "has no rows", "Give a file with rows, or take the split out of the recipe.")
         self._labels: list[Any] | None = (
             [row.item() for row in self._read(label, range(self._rows))] if labelled and label else None
         )
@@ -78,13 +82,16 @@ class Npz(Table):
 
     def _read(self, key: str, indices: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
         with self._stream(key) as (stream, shape, dtype):
-            size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+            size = math.prod(shape[1:]) * dtype.itemsize
             at = 0
             for index in indices:
-                stream.seek((index - at) * size, 1)  # reads over what lies between
-                raw = stream.read(size)
+                try:
+                    stream.seek((index - at) * size, 1)  # reads over what lies between
+                    raw = stream.read(size)
+                except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+                    raise UserError(self.place(index), f"the array {key} is damaged ({error})", _AGAIN) from None
                 if len(raw) != size:
-                    raise UserError(self.place(index), f"the array {key} ends here", "The file is damaged.")
+                    raise UserError(self.place(index), f"the array {key} ends here", _AGAIN)
                 at = index + 1
                 yield np.frombuffer(raw, dtype).reshape(shape[1:])
 
@@ -102,22 +109,29 @@ class _Member:
         self._archive = zipfile.ZipFile(self._path)
         self._opened = self._archive.open(f"{self._key}.npy")
         try:
+            shape, dtype = self._header()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self._opened, shape, dtype
+
+    def _header(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        array = f"the array {self._key}"
+        try:
             version = np.lib.format.read_magic(self._opened)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(self._opened)
-        except ValueError as error:
-            self.__exit__()
-            raise UserError(self._name, f"the array {self._key} cannot be read ({error})", "Write it with numpy.savez.") from None
+            stored = self._archive.getinfo(f"{self._key}.npy").file_size - self._opened.tell()
+        except (ValueError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            what = str(error).partition("\n")[0]
+            raise UserError(self._name, f"{array} cannot be read ({what})", "Write it with numpy.savez.") from None
         if dtype.hasobject:
-            self.__exit__()
-            raise UserError(
-                self._name, f"the array {self._key} holds pickled objects, which are not read", "Give it a plain dtype."
-            )
+            raise UserError(self._name, f"{array} holds pickled objects, which are not read", "Give it a plain dtype.")
         if fortran:
-            self.__exit__()
-            hint = "Save numpy.ascontiguousarray(array)."
-            raise UserError(self._name, f"the array {self._key} is stored column by column", hint)
-        return self._opened, shape, dtype
+            raise UserError(self._name, f"{array} is stored column by column", "Save numpy.ascontiguousarray(array).")
+        if math.prod(shape) * dtype.itemsize != stored:
+            raise UserError(self._name, f"{array} says {list(shape)} and holds {stored} bytes", _AGAIN)
+        return shape, dtype
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
@@ -135,9 +149,17 @@ class ArrayEncoder(Encoder):
         for number, (name, dtype) in enumerate(self._dtypes.items()):
             made = batch[name] = torch.from_numpy(np.stack([item[number] for item in items])).to(dtype)
             if dtype.is_floating_point and not (finite := made.flatten(1).isfinite().all(1)).all():
-                place = places[int(finite.logical_not().nonzero()[0])]
-                raise UserError(place, f"the array {name} holds NaN or infinity", "Take the row out, or repair it.")
+                raise _not_finite(name, places[int(finite.logical_not().nonzero()[0])])
         return batch
+
+    def check(self, item: Item, place: str) -> None:
+        for cell, (name, dtype) in zip(item, self._dtypes.items(), strict=True):
+            if dtype.is_floating_point and not torch.from_numpy(cell.copy()).to(dtype).isfinite().all():
+                raise _not_finite(name, place)
 
     def describe(self) -> dict[str, Any]:
         return {"inputs": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()}}
+
+
+def _not_finite(name: str, place: str) -> UserError:
+    return UserError(place, f"the array {name} holds NaN or infinity", "Take the row out, or repair it.")

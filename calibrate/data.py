@@ -73,6 +73,14 @@ class Encoder(ABC):
     def encode(self, items: Sequence[Item], places: Sequence[str]) -> Batch:
         """Tensors whose first dimension is ``group * len(items)``; ``places`` name the rows in messages."""
 
+    def check(self, item: Item, place: str) -> None:
+        """Refuses a row that ``encode`` would refuse, so that a run finds it before it begins.
+
+        Raises:
+            UserError: the row cannot become an input; names it.
+        """
+        return
+
     def describe(self) -> dict[str, Any]:
         """What was done to the cells, as JSON; part of the fingerprint."""
         return {}
@@ -115,6 +123,18 @@ class Rows:
         for start in range(0, len(self), size):
             part = self.indices[start : start + size]
             yield self.encoder.encode(list(islice(reader, len(part))), [self.table.place(index) for index in part])
+
+    def check(self) -> None:
+        """Reads every row once and refuses the first one that cannot become an input.
+
+        Raises:
+            UserError: names the row.
+        """
+        digests = []
+        for index, item in zip(self.indices, self.table.items(self.indices), strict=True):
+            self.encoder.check(item, self.table.place(index))
+            digests.append(_digest(item))
+        self._digests = digests
 
     def identities(self) -> set[str]:
         """Digests of the raw inputs of each row, without its label."""

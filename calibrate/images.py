@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,10 @@ class ImageFolder(Table):
             raise UserError(name, what, "Name the folder that holds one sub-folder of images for each class.")
         self.path, self.name = path, name
         folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        listed = [(number, file) for number, folder in enumerate(folders) for file in _files(path / folder)]
+        try:
+            listed = [(number, file) for number, folder in enumerate(folders) for file in _files(path / folder)]
+        except OSError as error:
+            raise UserError(name, f"cannot be read: {error.strerror}", "Check the permissions of its folders.") from None
         images = [(number, file) for number, file in listed if file.suffix.lower() in _SUFFIXES]
         if not folders:
             images = [(0, file) for file in _files(path) if file.suffix.lower() in _SUFFIXES]
@@ -58,10 +62,13 @@ class ImageFolder(Table):
 
     def items(self, indices: Sequence[int]) -> Iterator[Item]:
         for index in indices:
+            if not os.path.isfile(self._files[index]):  # a pipe would be waited for
+                raise UserError(self.place(index), "is not a file that can be read", "Repair or remove it.")
             try:
                 yield (self._files[index].read_bytes(),)
             except OSError as error:
-                raise UserError(self.place(index), f"cannot be read: {error.strerror}", "") from None
+                hint = "Check the permissions of the file, or remove it."
+                raise UserError(self.place(index), f"cannot be read: {error.strerror}", hint) from None
 
     def label_values(self) -> Sequence[Any] | None:
         return self._numbers if self.class_names else None
@@ -96,27 +103,49 @@ class ImageEncoder(Encoder):
         pixels = [self._pixels(item[0], place) for item, place in zip(items, places, strict=True)]
         return {self._name: torch.from_numpy(np.stack(pixels))}
 
+    def check(self, item: Item, place: str) -> None:
+        _decoded(item[0], self._settings["channels"], place)
+
     def describe(self) -> dict[str, Any]:
         return {"input": self._name, **self._settings}
 
     def _pixels(self, raw: bytes, place: str) -> np.ndarray[Any, Any]:
-        try:
-            from PIL import Image, UnidentifiedImageError
-        except ImportError:
-            raise MissingRuntime("", "Pillow is not installed", "pip install 'transformer-compress[hf]'") from None
         settings = self._settings
-        try:
-            with Image.open(io.BytesIO(raw)) as opened:
-                image = opened.convert("L" if settings["channels"] == 1 else "RGB")
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            what = "is not an image that can be read" if isinstance(error, UnidentifiedImageError) else f"is damaged ({error})"
-            raise UserError(place, what, "Repair or remove it.") from None
-        filter_number = Image.Resampling(_RESAMPLING[settings["interpolation"]])
+        image = _decoded(raw, settings["channels"], place)
+        filter_number = _pillow().Resampling(_RESAMPLING[settings["interpolation"]])
         image = _fitted(image, settings["resize"], settings["size"], bool(settings["crop"]), filter_number)
         values = np.asarray(image, np.float32)
         values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
         scaled: np.ndarray[Any, Any] = (values * np.float32(settings["scale"]) - self._mean) / self._std
         return np.ascontiguousarray(scaled, np.float32)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingRuntime("", "Pillow is not installed", "pip install 'transformer-compress[hf]'") from None
+    return Image
+
+
+def _decoded(raw: Any, channels: int, place: str) -> Any:
+    """The image in the bytes of a file, grey or in colour.
+
+    Raises:
+        UserError: it cannot be decoded; names the row.
+    """
+    pillow = _pillow()
+    if not isinstance(raw, bytes):
+        hint = "Name the column with the images: columns: {image: NAME}."
+        raise UserError(place, f"holds {type(raw).__name__}, not the bytes of an image", hint)
+    try:
+        with pillow.open(io.BytesIO(raw)) as opened:
+            return opened.convert("L" if channels == 1 else "RGB")
+    except pillow.UnidentifiedImageError:
+        raise UserError(place, "is not an image that can be read", "Repair or remove it.") from None
+    except Exception as error:  # decoders raise whatever they meet in damaged bytes
+        what = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise UserError(place, f"is damaged ({what})", "Repair or remove it.") from None
 
 
 def _fitted(image: Any, resize: Any, size: Sequence[int], crop: bool, filter_number: Any) -> Any:
@@ -138,4 +167,5 @@ def _fitted(image: Any, resize: Any, size: Sequence[int], crop: bool, filter_num
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    """What lies in a folder and is no folder; a link to nowhere too, so that it is refused and not left out."""
+    return sorted(entry for entry in folder.iterdir() if not entry.is_dir() and not entry.name.startswith("."))

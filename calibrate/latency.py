@@ -45,6 +45,7 @@ def interleave(
     budget_s: float = 60.0,
     minimum: int = 5,
     clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Timing]:
     """Calls each workload once a round, in turn (A B C, C B A, A B C ...), so that drift of the machine meets all.
 
@@ -58,6 +59,7 @@ def interleave(
         budget_s: seconds after which no further round starts, once there are ``minimum`` rounds.
         minimum: rounds that are measured whatever the budget.
         clock: seconds, monotonic.
+        progress: told (rounds done, rounds in all) between two rounds.
 
     Raises:
         ValueError: no workload, or fewer than one measured round asked for.
@@ -77,6 +79,7 @@ def interleave(
                 measured[name] = clock() - before
             if number >= warmup:
                 rounds.append(measured)
+            progress(number + 1, warmup + repeats)
     times = {name: 1000.0 * torch.tensor([row[name] for row in rounds], dtype=torch.float64) for name in names}
     first = times[names[0]]
     return {name: _timing(times[name], None if name == names[0] else first) for name in names}

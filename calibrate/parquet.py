@@ -41,12 +41,12 @@ class Parquet(Table):
         self._label = None if label is None else _column(name, label, known)
         self._rows: int = self._file.metadata.num_rows
         if not self._rows:
-            raise UserError(name, "has no rows", "")
+            raise UserError(name, "has no rows", "Give a file with rows, or take the split out of the recipe.")
         self.class_names = _class_names(self._file.schema_arrow.metadata, self._label)
         self._labels: list[Any] | None = None
         if self._label is not None:
             self._labels = []
-            for piece in self._file.iter_batches(batch_size=65536, columns=[self._label]):
+            for piece in self._pieces(batch_size=65536, columns=[self._label]):
                 self._labels += piece.column(0).to_pylist()
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Parquet(Table):
         for group in range(self._file.num_row_groups):
             stop = start + self._file.metadata.row_group(group).num_rows
             if index is not None and index < stop:
-                for piece in self._file.iter_batches(batch_size=_PIECE, row_groups=[group], columns=self._cells):
+                for piece in self._pieces(batch_size=_PIECE, row_groups=[group], columns=self._cells):
                     while index is not None and index < start + piece.num_rows:
                         yield self._item(piece, index - start, index)
                         index = next(wanted, None)
@@ -70,6 +70,14 @@ class Parquet(Table):
                 return
             start = stop
 
+    def _pieces(self, **which: Any) -> Iterator[Any]:
+        from pyarrow import ArrowException
+
+        try:
+            yield from self._file.iter_batches(**which)
+        except (ArrowException, OSError) as error:
+            raise UserError(self.name, f"is damaged ({_line(error)})", "Copy or download it again.") from None
+
     def _item(self, piece: Any, offset: int, index: int) -> Item:
         cells = []
         for name in self._cells:
@@ -77,7 +85,8 @@ class Parquet(Table):
             if isinstance(cell, dict) and "bytes" in cell:
                 cell = cell["bytes"]
             if cell is None:
-                raise UserError(self.place(index), f"column {name!r} is empty", "Image bytes must be in the file itself.")
+                hint = "Take the row out; the bytes of an image must be in the file itself."
+                raise UserError(self.place(index), f"column {name!r} is empty", hint)
             cells.append(cell)
         return tuple(cells)
 
@@ -90,15 +99,18 @@ class Parquet(Table):
 
 def _open(path: Path, name: str) -> Any:
     try:
-        import pyarrow
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise MissingRuntime("", "pyarrow is not installed", "pip install 'transformer-compress[hf]'") from None
     try:
         return parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError, OSError) as error:
-        what = str(error).strip().partition("\n")[0]
-        raise UserError(name, f"is not a parquet file that can be read ({what})", "Copy or download it again.") from None
+    except (ArrowException, OSError) as error:
+        what = f"is not a parquet file that can be read ({_line(error)})"
+        raise UserError(name, what, "Copy or download it again.") from None
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _column(where: str, column: Column, known: Sequence[str]) -> str:

@@ -152,7 +152,7 @@ class JsonLines(_Lines):
     def _row(self, where: str, text: str) -> tuple[tuple[str, ...], Any]:
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(where, f"is not JSON ({error})", "Every line holds one JSON object.") from None
         if not isinstance(row, dict):
             raise UserError(where, "is not a JSON object", 'A line looks like {"text": "...", "label": 1}.')
@@ -162,7 +162,9 @@ class JsonLines(_Lines):
         cells = tuple(row[column] for column in self._cells)
         for column, cell in zip(self._cells, cells, strict=True):
             if not isinstance(cell, str):
-                raise UserError(where, f"{column} is {type(cell).__name__}, not text", "")
+                raise UserError(
+                    where, f"{column} is {type(cell).__name__}, not text", "Put the text in quotes, or name another column."
+                )
         return cells, None if self._label is None else row[self._label]
 
 
@@ -228,6 +230,11 @@ class TextEncoder(Encoder):
             self._seen[place] = any(cut[number * self.group : (number + 1) * self.group])
         return {name: batch[name] for name in self._names}
 
+    def check(self, item: Item, place: str) -> None:
+        for cell in item:
+            if not isinstance(cell, str):
+                raise UserError(place, f"holds {type(cell).__name__}, not text", "Name the column with the text.")
+
     def describe(self) -> dict[str, Any]:
         return {"tokens": self._tokens, "pairing": self._pairing, "inputs": self._names, "tokenizer": self._fingerprint}
 
@@ -261,7 +268,7 @@ def _opened(path: Path, name: str) -> Any:
     try:
         return path.open("rb")
     except OSError as error:
-        raise UserError(name, f"cannot be read: {error.strerror}", "") from None
+        raise UserError(name, f"cannot be read: {error.strerror}", "Name a file that you may read.") from None
 
 
 def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:

@@ -123,7 +123,9 @@ def build_rows(
     table, encoder = _READERS[spec.format](_Request(spec, split, part.path, recipe, source, tables if tables is not None else {}))
     indices = select(len(table), part.selection, seed=recipe.seed, where=f"{where}.rows", from_end=last)
     labels = _labels(table, indices, source, spec)
-    return Rows(table, encoder, indices, labels, _chosen(part, recipe.seed))
+    rows = Rows(table, encoder, indices, labels, _chosen(part, recipe.seed))
+    rows.check()
+    return rows
 
 
 def _apart(recipe: Recipe, calibration: Rows, evaluation: Rows) -> tuple[int, tuple[str, ...]]:
@@ -275,7 +277,11 @@ def _arrays(request: _Request) -> tuple[Table, Encoder]:
             what = f"array {spec.name} is {list(shape)}, the model takes {list(spec.shape)}"
             raise UserError(table.name, what, "The first dimension is the rows.")
         if floating and not spec.dtype.is_floating_point:
-            raise UserError(table.name, f"array {spec.name} is {table.dtypes[spec.name]}, the model takes integers", "")
+            what = f"array {spec.name} is {table.dtypes[spec.name]}, the model takes integers"
+            raise UserError(table.name, what, "Save array.astype(numpy.int64).")
+        if table.dtypes[spec.name].kind not in "fiub":
+            what = f"array {spec.name} is {table.dtypes[spec.name]}, the model takes numbers"
+            raise UserError(table.name, what, "Save array.astype(numpy.float32).")
     return table, ArrayEncoder({spec.name: spec.dtype for spec in request.source.signature.inputs})
 
 
