@@ -251,7 +251,9 @@ def _progress(quiet: bool) -> Progress:
     if quiet:
         return Progress()
     console = _console(stderr=True)
-    return LiveProgress(console) if console.is_terminal else LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
+    if console.is_interactive and sys.stderr.isatty():  # no dumb terminal, and no log that wants colours
+        return LiveProgress(console)
+    return LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _print_table(console: Console, table: Table) -> None:

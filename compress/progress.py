@@ -19,8 +19,10 @@ Clock = Callable[[], float]
 _QUIET_S = 2.0
 """A step that takes less is told when it is done and not before."""
 _EVERY_S = 4.0
-"""Between two lines of one step, and between any two lines of a log that nothing else is written to."""
+"""Between two lines of one step."""
 _BEAT_S = 0.5
+_BAR, _WIDE = 20, 100
+"""Columns of the bar, and of the narrowest terminal that has one."""
 
 
 class Progress:
@@ -97,7 +99,7 @@ class Pace:
         if self.total <= 0 or not 0 <= self.done <= self.total:
             return ""
         left = self.left(now)
-        rest = f", about {duration(left)} left" if left is not None else ""
+        rest = f", about {duration(left)} left" if left is not None and left >= 0.5 else ""
         return f"{self.done} of {self.total}, {100 * self.done // self.total} %{rest}"
 
 
@@ -160,10 +162,11 @@ class LineProgress(Progress):
         with self._lock:
             now = self._clock()
             pace = self._steps[-1] if self._steps else self._outside
-            if now - pace.started < _QUIET_S or now - self._spoke < (_EVERY_S if self._spoke > pace.started else _QUIET_S):
+            if now - pace.started < _QUIET_S or (self._spoke > pace.started and now - self._spoke < _EVERY_S):
                 return
-            far = " ".join(filter(None, (pace.what, pace.says(now)))) or "at work"
-            self._say(f"{pace.name}: {far}, {duration(now - pace.started)} so far")
+            far = " ".join(filter(None, (pace.what, pace.says(now))))
+            so_far = f"{duration(now - pace.started)} so far"
+            self._say(f"{pace.name}: {far}, {so_far}" if far else f"{pace.name}: {so_far}")
 
     def note(self, line: str) -> None:
         with self._lock:
@@ -182,8 +185,8 @@ class LineProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """A live view on a terminal: finished steps above, the current one with a bar, the time so far and what remains, and below
-    them the whole run."""
+    """A live view on a terminal: finished steps, the time of the whole run, and the current step with a bar, its time so far
+    and what remains."""
 
     def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
         from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
@@ -191,30 +194,28 @@ class LiveProgress(Progress):
         from rich.text import Text
 
         class Line(ProgressColumn):
-            max_refresh = None
+            def render(_, task: Task) -> Text:
+                return Text(self._line(task.fields["pace"], self._room))
 
-            def render(_, task: Task) -> Text:  # noqa: N805
-                return Text(self._line(task.fields["pace"], self._room), style="bold" if task.fields["whole"] else "")
-
-        plain = not (console.encoding or "").lower().startswith("utf")
+        plain = not console.encoding.lower().startswith("utf")
         bar = [BarColumn(bar_width=_BAR)] if console.width >= _WIDE else []
-        self._room = console.width - 3 - (_BAR + 1 if bar else 0)
-        self._bars = Bars(SpinnerColumn("line" if plain else "dots"), *bar, Line(), console=console, get_time=clock)
+        self._room = console.width - 2 - (_BAR + 1 if bar else 0)
+        self._bars = Bars(SpinnerColumn("line" if plain else "dots"), *bar, Line(), console=console)
         self._done = "+" if plain else "[green]✓[/]"
         self._clock = clock
         self._steps: list[tuple[Any, Pace]] = []
-        self._whole: Any = None
+        self._whole = Pace("whole run", clock())
         self._finished = 0
 
     def __enter__(self) -> Progress:
-        self._whole = self._add(Pace("whole run", self._clock()), whole=True)
+        self._whole.started = self._clock()
+        self._bars.add_task("", total=1, pace=self._whole)
         self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for task, _ in self._steps:
+        for task in self._bars.task_ids:
             self._bars.remove_task(task)
-        self._bars.remove_task(self._whole)
         self._bars.stop()
 
     @contextmanager
@@ -222,7 +223,7 @@ class LiveProgress(Progress):
         from rich.markup import escape
 
         pace = Pace(name, self._clock())
-        entry = (self._add(pace), pace)
+        entry = (self._bars.add_task("", total=None, pace=pace), pace)
         self._steps.append(entry)
         mark = "[red]stopped[/]"
         try:
@@ -232,8 +233,9 @@ class LiveProgress(Progress):
             self._steps.remove(entry)
             self._bars.remove_task(entry[0])
             self._finished += 1
+            self._whole.what = f"steps done: {self._finished}"
             seconds = f"{self._clock() - pace.started:.1f} s"
-            self._bars.console.print(f"{mark} {escape(name)} [dim]{seconds}[/]", highlight=False)
+            self._bars.console.print(f"{mark} {escape(name)}  [dim]{seconds}[/]", highlight=False)
 
     def update(self, done: int, total: int, what: str = "") -> None:
         if self._steps:
@@ -246,27 +248,13 @@ class LiveProgress(Progress):
 
         self._bars.console.print(Text(line, style="dim"))
 
-    def _add(self, pace: Pace, whole: bool = False) -> Any:
-        # The line of the whole run stays the last: tasks are shown in the order in which they were made.
-        if not whole and self._whole is not None:
-            whole_pace = self._bars.tasks[-1].fields["pace"]
-            self._bars.remove_task(self._whole)
-            made = self._bars.add_task("", total=None, pace=pace, whole=False)
-            self._whole = self._bars.add_task("", total=None, pace=whole_pace, whole=True)
-            return made
-        return self._bars.add_task("", total=None, pace=pace, whole=whole)
-
     def _line(self, pace: Pace, room: int) -> str:
         """What is said of a step, in at most ``room`` characters: first goes what it is at, then the end of its name."""
         now = self._clock()
         far = ", ".join(filter(None, (duration(now - pace.started), pace.says(now))))
-        if pace.name == "whole run" and self._finished:
-            far += f", {self._finished} steps done"
         whole = f"{pace.name}  {far}  {pace.what}".rstrip()
         if len(whole) <= room:
             return whole
-        name = pace.name if len(pace.name) + 2 + len(far) <= room else pace.name[: max(1, room - len(far) - 3)] + "…"
+        left = room - len(far) - 2
+        name = pace.name if len(pace.name) <= left else pace.name[: max(1, left - 2)] + ".."
         return f"{name}  {far}"[:room]
-
-
-_BAR, _WIDE = 20, 100
