@@ -118,7 +118,7 @@ class LineProgress(Progress):
         self._steps: list[Pace] = []
         self._outside = Pace(name, clock())
         self._spoke = clock()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may arrive while it is held
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
