@@ -113,6 +113,7 @@ class Worth(_Record):
     """What one pass brought to one file, against the file before it (the float file before the first), in one runtime."""
 
     label: str = Field(description="onnx, openvino, coreml, tensorrt")
+    compared: bool = Field(False, description="whether both files were run on the evaluation rows")
     drop: Figure | None = Field(None, description="metric lost by this pass on the same rows (paired); positive is worse")
     agreement: Figure | None = Field(None, description="share of rows predicted as the file before the pass predicted them")
     sqnr_db: float | None = Field(None, description="against the file before the pass, dB; null when equal or not measured")
