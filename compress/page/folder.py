@@ -1,0 +1,86 @@
+"""Reads the files of a run folder that the page is made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import ValidationError
+
+from calibrate.errors import UserError
+from compress.report import Report
+
+__all__ = ["Found", "read"]
+
+_BESIDE = {".md", ".py", ".swift", ".cpp", ".cc"}
+_AGAIN = "Run the recipe again."
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run folder holds that the page shows.
+
+    Attributes:
+        report: ``report.json``.
+        manifest: ``manifest.json``; None where it is not there.
+        validation: ``validation.json``, made by a later ``compress validate``; None where it is not there.
+        beside: model cards and programs next to the files, as paths in the folder.
+    """
+
+    report: Report
+    manifest: dict[str, Any] | None = None
+    validation: Report | None = None
+    beside: tuple[str, ...] = ()
+
+
+def read(folder: Path) -> Found:
+    """Reads what the page is made from.
+
+    Raises:
+        UserError: there is no report in the folder, or one of its files cannot be read.
+    """
+    if not (folder / "report.json").is_file():
+        what = "holds no report.json" if folder.is_dir() else "is no folder"
+        raise UserError(str(folder), what, "Name the folder of a finished run, such as runs/quickstart.")
+    report = _report(folder / "report.json")
+    validation = _report(folder / "validation.json") if (folder / "validation.json").is_file() else None
+    return Found(report, _manifest(folder / "manifest.json"), validation, _beside(folder, report))
+
+
+def _report(path: Path) -> Report:
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read: {error.strerror}", _AGAIN) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        says = f"{place}: {first['msg']}" if place else first["msg"]
+        raise UserError(str(path), f"is not a report that this version can read: {says}", _AGAIN) from None
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise UserError(str(path), "cannot be read as JSON", _AGAIN) from None
+    if not isinstance(content, dict):
+        raise UserError(str(path), "is not a manifest", _AGAIN)
+    return content
+
+
+def _beside(folder: Path, report: Report) -> tuple[str, ...]:
+    """Cards and programs in the folders of the files, sorted; nothing outside the run folder."""
+    places = {PurePosixPath(row.path).parts[0] for row in report.rows if len(PurePosixPath(row.path).parts) > 1}
+    found = [
+        path.relative_to(folder).as_posix()
+        for place in places
+        if place not in ("/", "..") and (folder / place).is_dir()
+        for path in (folder / place).iterdir()
+        if path.is_file() and path.suffix in _BESIDE
+    ]
+    return tuple(sorted(found))

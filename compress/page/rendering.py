@@ -1,0 +1,115 @@
+"""Puts the page together: the template, the figures, plotly's program, and a policy that lets nothing else run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from calibrate.errors import UserError
+from compress.page import outcome, plots, sizes, story, wording
+from compress.page.folder import Found, read
+
+__all__ = ["render", "write"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write(folder: Path) -> Path:
+    """Writes ``report.html`` into a run folder, from the files that lie there (temporary name, then renamed).
+
+    Raises:
+        UserError: the folder holds no report, or cannot be written.
+    """
+    page = render(read(folder))
+    path, unfinished = folder / "report.html", folder / ".report.html.part"
+    try:
+        unfinished.write_text(page, "utf-8", newline="\n")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(str(path), f"cannot be written: {error.strerror}", "Make room there, or make it writable.") from None
+    return path
+
+
+def render(found: Found) -> str:
+    """The page as text: a pure function of what the folder holds.
+
+    Everything that comes from a recipe is text: jinja2 escapes it, and a content security policy allows no script but the
+    two of the page (by their hashes) and no request at all.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loader = FileSystemLoader(_TEMPLATES)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # fmt: skip
+    environment.filters |= {"size": wording.size, "seconds": wording.seconds, "plain": wording.plain, "link": story.link}
+    figures = _figures(found)
+    scripts = [_plotly(), (_TEMPLATES / "page.js").read_text("utf-8")] if figures["all"] else []
+    return environment.get_template("page.html").render(
+        report=found.report,
+        manifest=found.manifest,
+        validation=_validation(found),
+        beside=found.beside,
+        verdict=outcome.verdict(found.report),
+        gains=outcome.gains(found.report),
+        table=outcome.table(found.report),
+        untimed=plots.untimed(found.report),
+        roles=sizes.roles(found.report),
+        files=sizes.files(found.report),
+        legend=sizes.legend(found.report),
+        steps=story.steps(found.report),
+        judged=story.judged(found.report),
+        parts=story.parts(found.report),
+        again=story.again(found),
+        marks=outcome.marks(found.report.rows),
+        style=Markup((_TEMPLATES / "style.css").read_text("utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        blocks_by_need=plots.by_need(found.report.blocks),
+        policy=_policy(scripts),
+        **figures,
+    )
+
+
+def _figures(found: Found) -> dict[str, Any]:
+    """The plots by place, all of them in one list, and their data as JSON that no text in it can leave."""
+    trade_off = plots.trade_off(found.report)
+    quality = None if trade_off else plots.quality(found.report)
+    blocks = plots.blocks(found.report)
+    every = [*trade_off, *([quality] if quality else []), *([blocks] if blocks else [])]
+    data = {plot.name: {"data": plot.data, "layout": plot.layout} for plot in every}
+    return {"trade_off": trade_off, "quality": quality, "blocks": blocks, "all": data}
+
+
+def _validation(found: Found) -> dict[str, Any] | None:
+    if found.validation is None:
+        return None
+    return {
+        "report": found.validation,
+        "verdict": outcome.verdict(found.validation),
+        "table": outcome.table(found.validation),
+        "judged": story.judged(found.validation),
+    }
+
+
+@cache
+def _plotly() -> str:
+    """plotly.js, minified, as the Python package carries it: its one bundle, 4.8 MB."""
+    from plotly.offline import get_plotlyjs
+
+    program: str = get_plotlyjs()
+    assert "</script" not in program.lower()
+    assert "<!--" not in program
+    return program
+
+
+def _policy(scripts: list[str]) -> str:
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes) or "'none'"
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

@@ -1,0 +1,102 @@
+"""Numbers and intervals as the page writes them: the same figures as the table of the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from compress.report import Figure, Latency, Row
+
+__all__ = [
+    "decibel",
+    "figure",
+    "interval",
+    "listed",
+    "plain",
+    "ratio",
+    "ratio_interval",
+    "seconds",
+    "share",
+    "size",
+    "times",
+]
+
+
+def figure(value: float, sign: str = "") -> str:
+    """A metric or its drop to four decimals; ``sign`` is ``+`` where a plus sign is to be seen."""
+    return f"{value:{sign}.4f}"
+
+
+def interval(found: Figure | None, sign: str = "") -> str:
+    """The 95 % interval of a figure; empty where it has none."""
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f"[{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def share(found: Figure) -> str:
+    """A share of rows in per cent."""
+    return f"{found.value:.2%}"
+
+
+def decibel(row: Row) -> str:
+    """The SQNR of a row against float; ``equal`` where nothing differs, ``-`` where nothing was run."""
+    if row.validated == "none":
+        return "-"
+    return "equal" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio to float: 0.31x."""
+    return "" if value is None else f"{value:.2f}x"
+
+
+def ratio_interval(latency: Latency) -> str:
+    """The 95 % interval of a ratio of times; empty where it has none."""
+    if latency.ratio_low is None or latency.ratio_high is None:
+        return ""
+    return f"[{latency.ratio_low:.2f}, {latency.ratio_high:.2f}]"
+
+
+def size(stored: float) -> str:
+    """Bytes as MB (10**6), below 0.1 MB as kB."""
+    return f"{stored / 1e6:.2f} MB" if stored >= 1e5 else f"{stored / 1e3:.1f} kB"
+
+
+def seconds(value: float) -> str:
+    """Seconds to two or three digits; from two minutes on, minutes too."""
+    if value >= 120:
+        return f"{int(value // 60)} min {value % 60:02.0f} s"
+    return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
+
+
+def times(value: float, smaller: str, larger: str) -> str:
+    """A ratio in words: ``3.3 times smaller`` for 0.31, ``1.6 times larger`` for 1.58, ``equal`` very near one."""
+    factor, word = (1 / value, smaller) if value < 1 else (value, larger)
+    if factor < 1.005:
+        return f"no {smaller}"
+    return f"{factor:.2g} times {word}" if factor < 9.95 else f"{factor:.0f} times {word}"
+
+
+def listed(parts: list[str]) -> str:
+    """a, b and c."""
+    return ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else "".join(parts)
+
+
+def plain(value: Any) -> str:
+    """Any JSON value in one short line: numbers to four digits, pairs as ranges, nothing as a dash."""
+    if value is None or value in ("", [], {}):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else str(value)
+    if isinstance(value, list):
+        if len(value) == 2 and all(isinstance(end, float) for end in value):
+            return f"{plain(value[0])} … {plain(value[1])}"
+        return ", ".join(plain(entry) for entry in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(entry)}" for key, entry in value.items())
+    return str(value)
