@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ _SMALL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+_DOES_NOT_FIT = "The weights and config.json do not belong together."
 _SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
     "A model that was never measured is a rumour.",
@@ -51,7 +53,7 @@ def load_hf(name: str, base: Path, task: str) -> Source:
         model_class, output, found = _what(transformers, config, folder, task)
         tokenizer = read_tokenizer(transformers, folder)
         settings = _settings(model_class, config, output, tokenizer)
-        model = _load(model_class, config, folder, settings)
+        model, notes = _load(model_class, config, folder, weights, settings)
     check_finite(model, str(folder))
     signature = _signature(model, config, output, tokenizer)
     example = _example(config, signature, tokenizer)
@@ -72,6 +74,7 @@ def load_hf(name: str, base: Path, task: str) -> Source:
         tokenizer=tokenizer,
         preprocessing=hf_preprocessing(transformers, config, folder) if signature.names == ("pixel_values",) else None,
         max_tokens=_longest(model, config, tokenizer),
+        notes=notes,
         files={folder / file: file for file in _SMALL_FILES if (folder / file).is_file()},
     )
 
@@ -161,8 +164,12 @@ def _prepare(config: Any, settings: dict[str, Any]) -> None:
         config.pad_token_id = settings["pad_token_id"]
 
 
-def _load(model_class: Any, config: Any, folder: Path, settings: dict[str, Any]) -> nn.Module:
+def _load(
+    model_class: Any, config: Any, folder: Path, weights: list[Path], settings: dict[str, Any]
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with its weights, and a note on what the file holds beyond them."""
     _prepare(config, settings)
+    where, name = str(folder), model_class.__name__
     try:
         model, found = model_class.from_pretrained(
             folder,
@@ -174,16 +181,53 @@ def _load(model_class: Any, config: Any, folder: Path, settings: dict[str, Any])
             output_loading_info=True,
             **settings["arguments"],
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(str(folder), f"{model_class.__name__} cannot be loaded: {line(error)}", "") from None
+    except Exception as error:  # whatever the class of a model raises for values that it does not know
+        if told := _other_shape(model_class, config, weights, settings):
+            raise UserError(where, told, _DOES_NOT_FIT) from None
+        told = line(error) if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {line(error)}"
+        raise UserError(where, f"{name} cannot be loaded: {told}", _DOES_NOT_FIT) from None
     if absent := sorted(found["missing_keys"]):
-        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-        hint = "The file does not fit config.json, or the model was not trained for this task."
-        raise UserError(str(folder), f"the weights lack {absent[0]}{more}", hint)
-    if different := found.get("mismatched_keys"):
-        first = sorted(str(key) for key in different)[0]
-        raise UserError(str(folder), f"a weight has another shape than config.json says: {first}", "")
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+        raise UserError(where, f"the weights lack {_first(absent)}", f"{_DOES_NOT_FIT[:-1]}, or the model has another task.")
+    unused = sorted(found["unexpected_keys"])
+    if layers := _layers(model, unused):
+        raise UserError(where, f"the weights hold {_first(layers)}, a layer that config.json does not have", _DOES_NOT_FIT)
+    note = f"{len(unused)} weights of the file are not part of {name}: {_first(unused)}" if unused else ""
+    return model.eval().requires_grad_(False), (note,) if note else ()
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def _layers(model: Any, unused: list[str]) -> list[str]:
+    """Those of the unused weights that differ from one of the model's in a number only: of a layer more."""
+
+    def pattern(name: str) -> str:
+        return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+    known = {pattern(name) for name in model.state_dict()}
+    prefix = f"{model.base_model_prefix}."
+    return [name for name in unused if {pattern(name), pattern(name).removeprefix(prefix)} & known]
+
+
+def _other_shape(model_class: Any, config: Any, weights: list[Path], settings: dict[str, Any]) -> str:
+    """Says which weight has another shape than the configuration asks for; empty where it cannot be told."""
+    from safetensors import safe_open
+
+    try:
+        with torch.device("meta"):
+            own = model_class._from_config(config, **settings["arguments"]).state_dict()
+    except Exception:  # the same values that could not be loaded
+        return ""
+    prefix = f"{model_class.base_model_prefix}."
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            for key in sorted(file.keys()):
+                shape = list(file.get_slice(key).get_shape())
+                for name in (key, f"{prefix}{key}", key.removeprefix(prefix)):
+                    if name in own and list(own[name].shape) != shape:
+                        return f"the weight {key} is {shape}, by config.json it is {list(own[name].shape)}"
+    return ""
 
 
 def _signature(model: Any, config: Any, output: Output, tokenizer: Tokenizer | None) -> Signature:

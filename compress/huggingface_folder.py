@@ -18,7 +18,19 @@ from calibrate.errors import UserError
 from calibrate.signature import Batch
 from compress.sources import digest_files, nearest
 
-__all__ = ["Tokenizer", "check_pooling", "find_folder", "line", "quiet", "read_config", "read_tokenizer", "weight_files"]
+__all__ = [
+    "Tokenizer",
+    "check_pooling",
+    "find_folder",
+    "line",
+    "quiet",
+    "read_config",
+    "read_json",
+    "read_tokenizer",
+    "weight_files",
+]
+
+_AGAIN = "Copy or download it again."
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
@@ -97,10 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         weights = [single]
     elif index.is_file():
-        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if missing := [file for file in named if not (folder / file).is_file()]:
-            raise UserError(str(folder), f"{missing[0]} is missing", "Its index names it; copy or download it again.")
-        weights = [folder / file for file in named]
+        weights = _indexed(folder, index)
     elif pickled := sorted(folder.glob("*.bin")):
         hint = "Convert them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
         raise UserError(str(folder), f"its weights are a pickle ({pickled[0].name}), which is not read", hint)
@@ -111,8 +120,40 @@ def weight_files(folder: Path) -> list[Path]:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise UserError(str(path), f"is damaged or not a safetensors file ({error})", "Copy or download it again.") from None
+            raise UserError(str(path), f"is damaged or not a safetensors file ({error})", _AGAIN) from None
+        except OSError as error:
+            raise UserError(str(path), f"cannot be read: {error.strerror}", "Check the permissions of the file.") from None
     return weights
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    """The parts that an index names; only files of the folder itself."""
+    named = read_json(index, dict).get("weight_map")
+    files = list(named.values()) if isinstance(named, dict) else []
+    if not files or not all(isinstance(file, str) for file in files):
+        raise UserError(str(index), "names no files of weights", _AGAIN)
+    if outside := [file for file in files if file != os.path.basename(file)]:
+        raise UserError(str(index), f"names {outside[0]}, which is not in the folder", _AGAIN)
+    if missing := [file for file in sorted(set(files)) if not (folder / file).is_file()]:
+        raise UserError(str(folder), f"{missing[0]} is missing", "Its index names it; copy or download it again.")
+    return [folder / file for file in sorted(set(files))]
+
+
+def read_json(path: Path, kind: type[Any]) -> Any:
+    """What a JSON file holds: a ``dict`` or a ``list``.
+
+    Raises:
+        UserError: it cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        plain = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read: {error.strerror}", "Check the permissions of the file.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(str(path), f"is not JSON ({error})", _AGAIN) from None
+    if not isinstance(plain, kind):
+        raise UserError(str(path), f"is not a JSON {'object' if kind is dict else 'list'}", _AGAIN)
+    return plain
 
 
 def read_config(transformers: Any, folder: Path) -> Any:
@@ -122,19 +163,23 @@ def read_config(transformers: Any, folder: Path) -> Any:
         UserError: not JSON, an unknown ``model_type``, or values that its class refuses.
     """
     path = folder / "config.json"
-    try:
-        plain = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", "Copy or download it again.") from None
+    plain = read_json(path, dict)
     kind = plain.get("model_type")
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    if kind not in known:
-        what = "runs its own code, which is not trusted" if "auto_map" in plain else f"has the unknown model_type {kind!r}"
-        raise UserError(str(path), what, nearest(str(kind), known) if kind else "model_type is missing.")
+    if not isinstance(kind, str) or kind not in known:
+        if "auto_map" in plain:
+            hint = "Load it in a function of your own, which you can read: model: file.py:function."
+            raise UserError(str(path), "asks for code of its own, which is never run", hint)
+        hint = nearest(kind, known) if isinstance(kind, str) else "model_type is missing."
+        raise UserError(str(path), f"has the unknown model_type {kind!r}", hint)
+    names = plain.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(str(path), "architectures is not a list of names", _AGAIN)
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(str(path), f"is not a valid configuration: {line(error)}", "") from None
+    except Exception as error:  # whatever the class of a configuration raises for values that it does not know
+        hint = "Correct it, or copy or download it again."
+        raise UserError(str(path), f"is not a valid configuration: {line(error)}", hint) from None
 
 
 def read_tokenizer(transformers: Any, folder: Path) -> Tokenizer | None:
@@ -165,7 +210,7 @@ def check_pooling(folder: Path) -> None:
     """
     pooling = folder / "1_Pooling" / "config.json"
     if pooling.is_file():
-        said = json.loads(pooling.read_text())
+        said = read_json(pooling, dict)
         modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
         modes = modes or [str(said.get("pooling_mode", "nothing"))]
         if modes not in (["mean_tokens"], ["mean"]):
@@ -173,7 +218,8 @@ def check_pooling(folder: Path) -> None:
             raise UserError(str(pooling), f"pools by {', '.join(modes)}", hint)
     modules = folder / "modules.json"
     if modules.is_file():
-        kinds = [module["type"].rpartition(".")[2] for module in json.loads(modules.read_text())]
+        listed = read_json(modules, list)
+        kinds = [str(module.get("type") if isinstance(module, dict) else module).rpartition(".")[2] for module in listed]
         if extra := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
             raise UserError(str(modules), f"has the layer {extra[0]} after the transformer", "It is not supported.")
 
@@ -196,5 +242,7 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 def line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0].rstrip(".")[:200]
+    """The first line of an error's message, with the next one where it only announces that."""
+    first, _, rest = str(error).strip().partition("\n")
+    told = f"{first.rstrip()} {rest.strip().partition(chr(10))[0]}".strip() if first.rstrip().endswith(":") else first
+    return told.rstrip(". ")[:200] or type(error).__name__

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from calibrate.errors import UserError
+from compress.huggingface_folder import read_json
 from compress.sources import need
 
 __all__ = ["hf_preprocessing"]
@@ -28,12 +28,12 @@ def hf_preprocessing(transformers: Any, config: Any, folder: Path) -> dict[str, 
     path = folder / "preprocessor_config.json"
     defaults, named = _class_defaults(transformers, config.model_type)
     if path.is_file():
+        said = defaults | {key: value for key, value in read_json(path, dict).items() if value is not None}
         try:
-            plain = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(str(path), f"is not JSON ({error})", "Copy or download it again.") from None
-        said = defaults | {key: value for key, value in plain.items() if value is not None}
-        return _settings(said, config, "preprocessor_config.json")
+            return _settings(said, config, "preprocessor_config.json")
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            hint = "Correct it, or take it away and state mean, std and resize in the recipe."
+            raise UserError(str(path), f"has a value that is not understood ({error})", hint) from None
     # Sizes of a class are those of its best-known model; the configuration knows this one's.
     open_size = {key: value for key, value in defaults.items() if key not in ("size", "crop_size", "do_center_crop")}
     return _settings(open_size, config, named)
@@ -46,12 +46,15 @@ def _settings(said: dict[str, Any], config: Any, origin: str) -> dict[str, Any]:
     crop = bool(said.get("do_center_crop")) and said.get("crop_size") is not None
     normal = said.get("do_normalize", True)
     channels = int(getattr(config, "num_channels", 3))
-    scale = said.get("rescale_factor") or 1 / 255
+    scale = float(said.get("rescale_factor") or 1 / 255)
+    mean, std = ([float(value) for value in said[key]] if said.get(key) else None for key in ("image_mean", "image_std"))
+    if std is not None and not all(value > 0 for value in std):
+        raise ValueError(f"image_std is {std}")
     return {
         "size": [int(height), int(width)],
         "channels": channels,
-        "mean": said.get("image_mean") if normal else [0.0] * channels,
-        "std": said.get("image_std") if normal else [1.0] * channels,
+        "mean": mean if normal else [0.0] * channels,
+        "std": std if normal else [1.0] * channels,
         "scale": scale if said.get("do_rescale", True) else 1.0,
         "interpolation": _INTERPOLATIONS.get(int(said.get("resample", 2)), "bilinear"),
         "resize": resize if resize is not None else [int(height), int(width)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -259,18 +260,134 @@ def test_folders_that_are_not_models_are_refused(bert: Path, tmp_path: Path) -> 
     edited(bert, model_type="brt")
     refuses("unknown model_type 'brt'\n  Nearest: bert")
     edited(bert, model_type="mine", auto_map={"AutoModel": "modeling.Mine"})
-    refuses("runs its own code, which is not trusted")
-    (bert / "config.json").write_text("{")
-    refuses("cannot be read")
+    refuses("asks for code of its own, which is never run\n  Load it in a function")
+    for text in ("{", "", "\xff", "[" * 100_000):
+        (bert / "config.json").write_text(text, encoding="latin-1")
+        refuses("config.json: is not JSON .*\n  Copy or download")
+    for text in ("[1]", "null", "3"):
+        (bert / "config.json").write_text(text)
+        refuses("config.json: is not a JSON object\n  Copy or download")
     (bert / "config.json").write_text(original)
     edited(bert, architectures=["BertForTokenClassification"])
     refuses("the task of BertForTokenClassification is not supported\n  Give task: features")
     edited(bert, architectures=["BertForNothingAtAll"])
     refuses("task of BertForNothingAtAll")
     edited(bert, architectures=["BertForSequenceClassification"], num_labels=7, id2label={str(n): str(n) for n in range(7)})
-    refuses("another shape|cannot be loaded")
+    refuses(r"the weight classifier.bias is \[3\], by config.json it is \[7\]\n  The weights and config.json do not belong")
     (bert / "config.json").unlink()
     refuses("holds no config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": "x"}, "is not a valid configuration: .*'hidden_size': .*expected int"),
+        ({"architectures": [1]}, "architectures is not a list of names"),
+        ({"architectures": "Bert"}, "architectures is not a list of names"),
+        ({"model_type": ["bert"]}, "unknown model_type"),
+        ({"id2label": {"a": "b"}}, "is not a valid configuration"),
+        ({"num_attention_heads": 0}, "cannot be loaded: ZeroDivisionError"),
+        ({"num_attention_heads": 3}, "cannot be loaded: The hidden size .16. is not a multiple"),
+        ({"hidden_act": "nope"}, "cannot be loaded: KeyError: 'nope'"),
+        ({"hidden_size": 32}, r"the weight bert.embeddings.LayerNorm.bias is \[16\], by config.json it is \[32\]"),
+        ({"vocab_size": 2**33}, r"word_embeddings.weight is \[40, 16\], by config.json it is \[8589934592, 16\]"),
+        ({"num_hidden_layers": 3}, r"the weights lack bert.encoder.layer.2.* \(and 15 more\)"),
+        ({"num_hidden_layers": 1}, r"the weights hold bert.encoder.layer.1.* \(and 15 more\), a layer that config.json does not"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(bert: Path, changes: dict[str, Any], says: str) -> None:
+    edited(bert, **changes)
+    with pytest.raises(UserError, match=says) as caught:
+        load_model("hf:bert", base=bert.parent)
+    assert caught.value.hint
+    assert "\n" not in caught.value.what
+
+
+def test_weights_beyond_the_model_are_told(bert: Path) -> None:
+    assert load_model("hf:bert", base=bert.parent).notes == ()
+    (note,) = load_model("hf:bert", base=bert.parent, task="features").notes
+    assert re.match(
+        r"4 weights of the file are not part of BertModel: (bert\.pooler\.dense|classifier)\.bias \(and 3 more\)", note
+    )
+
+
+def test_code_beside_a_known_model_is_not_run(bert: Path, tmp_path: Path) -> None:
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (bert / "evil.py").write_text(code)
+    edited(bert, auto_map={"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.M"})
+    settings = json.loads((bert / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "Evil"}
+    (bert / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_model("hf:bert", base=tmp_path).task == "text-classification"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "names no files of weights"),
+        ('{"weight_map": {}}', "names no files of weights"),
+        ('{"weight_map": {"a": ["x"]}}', "names no files of weights"),
+        ('{"weight_map": {"a": "../../x.safetensors"}}', "names ../../x.safetensors, which is not in the folder"),
+        ('{"weight_map": {"a": "x.safetensors"}}', "x.safetensors is missing"),
+    ],
+)
+def test_an_index_of_weights_that_is_wrong_is_refused(bert: Path, index: str, says: str) -> None:
+    (bert / "model.safetensors").unlink()
+    (bert / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=says):
+        load_model("hf:bert", base=bert.parent)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("modules.json", "{", "modules.json: is not JSON"),
+        ("modules.json", "[1]", "has the layer 1 after the transformer"),
+        ("1_Pooling/config.json", "[]", "config.json: is not a JSON object"),
+    ],
+)
+def test_files_of_a_sentence_encoder_that_are_wrong_are_refused(bert: Path, file: str, text: str, says: str) -> None:
+    (bert / "1_Pooling").mkdir()
+    (bert / file).write_text(text)
+    with pytest.raises(UserError, match=says):
+        load_model("hf:bert", base=bert.parent, task="sentence-embedding")
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"image_std": [0.5, 0, 0.5]}', "has a value that is not understood .image_std"),
+        ('{"image_mean": "x"}', "has a value that is not understood"),
+        ('{"size": {"height": "x"}}', "has a value that is not understood"),
+    ],
+)
+def test_preprocessing_that_is_wrong_is_refused(tmp_path: Path, said: str, says: str) -> None:
+    folder = save(tmp_path / "vit", *CASES["vit"][:2])
+    (folder / "preprocessor_config.json").write_text(said)
+    with pytest.raises(UserError, match=says):
+        load_model("hf:vit", base=tmp_path)
+
+
+@pytest.mark.parametrize("length", [2**62, 100_000_000, 100_000_001, 5])
+def test_a_header_of_absurd_size_is_refused_before_it_is_read(bert: Path, length: int) -> None:
+    """In a process whose memory is bounded: what is there and 64 MB, less than the header says it takes."""
+    (bert / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if used:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 64_000_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"model.safetensors: is damaged or not a safetensors file .*header.*\n  Copy"):
+            load_model("hf:bert", base=bert.parent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_weights_that_are_not_there_are_refused(bert: Path, tmp_path: Path) -> None:
