@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.progress import Progress
     from compress.report import Report
 
-__all__ = ["app", "apply", "inspect", "main", "passes", "recipes", "schema", "validate"]
+__all__ = ["app", "apply", "inspect", "main", "passes", "recipes", "report", "schema", "validate"]
 
 EXIT_CODES = "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed."
 
@@ -156,6 +156,27 @@ def validate(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The folder of a finished run.")],
+) -> None:
+    """Print the table of a finished run again, and write its report.html anew.
+
+    The page is one file without anything beside it: it opens offline, in any browser.
+
+    **Examples**
+
+        compress report runs/quickstart
+
+    Exit codes: 0 done; 2 there is no report in the folder, or the page cannot be written.
+    """
+    from compress import page
+
+    written = page.write(folder)
+    _show(page.read(folder).report)
+    print(written)
+
+
+@app.command()
 def passes(as_json: Json = False) -> None:
     """List every pass that a recipe can name, with its options, their defaults and its source.
 
@@ -276,6 +297,13 @@ def _print_table(console: Console, table: Table) -> None:
 
 
 def _finish(report: Report) -> None:
+    _show(report)
+    print(report.folder)
+    raise typer.Exit(report.exit_code)
+
+
+def _show(report: Report) -> None:
+    """The table, what was run on what, what was missed, and the verdict."""
     from compress.report import table
 
     _print_table(_console(), table(report))
@@ -293,8 +321,6 @@ def _finish(report: Report) -> None:
         if not limit.met:
             print(f"missed: {limit.line}: {limit.says}")
     print(f"{'met' if report.met else 'not met'}: the contract of the recipe" if report.limits else "no contract was checked")
-    print(report.folder)
-    raise typer.Exit(report.exit_code)
 
 
 if __name__ == "__main__":
