@@ -1,0 +1,94 @@
+"""The sentences of a model card: how a file was run, what a reader must not conclude, how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from compress.cards import wording
+
+if TYPE_CHECKING:
+    from compress.cards.card import Card
+    from compress.report import Row
+
+__all__ = ["how", "limits", "no_time", "running"]
+
+def limits(card: Card) -> Iterator[str]:
+    """What a reader must not conclude."""
+    row, report = card.first, card.report
+    yield from (f"Warning of the run: {warning}" for warning in report.warnings)
+    unlike = [found for found in card.of if found.validated in ("interpreter", "proxy", "none")]
+    if unlike:
+        yield f"The file was never run in {card.kind} itself; what it rounds differently there is not seen, nor is its time."
+    in_float = row.details.get("run_in_float") or []
+    if in_float:
+        yield f"Quantized, but computed in floating point by the runtime: {wording.listed(in_float)}."
+    if row.audit is not None and row.audit.float_layers:
+        yield f"Matrix weights stored in floating point: {wording.listed(row.audit.float_layers)}."
+    elif row.audit is not None:
+        yield "No matrix weight of the file is stored in floating point."
+    calibration = report.data["calibration"]
+    yield (
+        f"Passes saw {calibration['rows']} calibration rows of {calibration['path']}; inputs unlike those can lie outside the "
+        "ranges that were set from them."
+    )
+    if report.data.get("rows_in_both_by_content"):
+        yield f"{report.data['rows_in_both_by_content']} evaluation rows have the same content as a calibration row."
+    sizes = [f"`{port.name}` {port.written}" for port in card.program.inputs]
+    yield f"Inputs have the shapes {'; '.join(sizes)}; others are refused."
+    yield "Not measured: figures by group of people or kind of input, robustness, energy, memory, times on other processors."
+    yield "Bias and other faults of the float model are kept as they are; they were not assessed."
+    yield from (f"Of the writer: {note}" for note in [*row.details.get("notes", []), *row.details.get("warnings", [])])
+
+
+def running(card: Card) -> str:
+    program = card.program
+    rows = {"text": "FILE.txt", "running text": "FILE.txt", "images": "IMAGE.png", "arrays": "ROWS.npz"}[program.reads]
+    kept = "Without an argument it runs on rows that the run kept (`../kept.safetensors`)." if program.kept else ""
+    packages = f" {program.needs}" if program.needs else ""
+    if card.exporter.format == "onnx":
+        unrun = "It was written with the file, and not run when the file was made: the figures above are of another program."
+        return f"```bash\npip install onnxruntime numpy safetensors{packages}\npython run.py {rows}\n```\n\n{kept}\n{unrun}"
+    if card.exporter.format == "coreml":
+        return (
+            "On macOS, with Xcode's command line tools:\n\n"
+            f"```bash\nswiftc -O Run.swift -o run\n{'./run' if program.kept else './run rows.safetensors'}\n```\n\n"
+            f"{kept} Rows of your own are made by `python prepare.py {rows} --save rows.safetensors` "
+            f"(`pip install numpy safetensors{packages}`), then `./run rows.safetensors`.\n"
+            "`Run.swift` was neither compiled nor run: there was no Mac."
+        )
+    package = "tensorrt-rtx" if program.library == "tensorrt_rtx" else "tensorrt"
+    gpu = "" if card.first.validated == "runtime" else "\nNeither was run with this engine: there was no GPU that runs it."
+    return (
+        f"On a machine with an NVIDIA GPU that the engine was built for:\n\n```bash\npip install {package} cuda-python numpy "
+        f"safetensors{packages}\npython run.py {rows}\n```\n\n{kept} `run.cpp` does the same in C++ (its first lines say how to "
+        f"build it), on rows that `python run.py {rows} --save rows.safetensors` made.{gpu}"
+    )
+
+
+def how(row: Row, kind: str) -> str:
+    """How a file was run, in plain words."""
+    if row.validated == "runtime":
+        return f"In its own runtime: {row.runtime} ran this very file on all evaluation rows."
+    if row.validated == "interpreter":
+        return (
+            f"By an interpreter, not by {kind}: the saved program was read back and run operator by operator ({row.runtime}). "
+            "That shows whether the file is right, and nothing about its speed."
+        )
+    if row.validated == "proxy":
+        return (
+            f"By a proxy, not by {kind}: the exact graph that the engine was built from (`{row.details.get('qdq_file', '')}`) "
+            f"ran in {row.runtime}. The engine itself was built and not run."
+        )
+    return f"Not run: {row.note or row.runtime or 'no reason is recorded'}."
+
+
+def no_time(row: Row) -> str:
+    reasons = {
+        "interpreter": "an interpreter's time says nothing about a device",
+        "proxy": "the time of a proxy says nothing about a GPU",
+    }
+    return reasons.get(row.validated, row.note or "no batch size of the recipe fits the file")
+
+
+
