@@ -323,7 +323,6 @@ class Card:
         )
 
 
-
 def _timed(row: Row, batch: int) -> Latency | None:
     return next((latency for latency in row.latency if latency.batch == batch), None)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["how", "limits", "no_time", "running"]
 
+
 def limits(card: Card) -> Iterator[str]:
     """What a reader must not conclude."""
     row, report = card.first, card.report
@@ -89,6 +90,3 @@ def no_time(row: Row) -> str:
         "proxy": "the time of a proxy says nothing about a GPU",
     }
     return reasons.get(row.validated, row.note or "no batch size of the recipe fits the file")
-
-
-
