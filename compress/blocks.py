@@ -76,7 +76,7 @@ def compare(model: nn.Module, call: Call, edits: Sequence[Edit], batches: Iterab
 
     Args:
         edits: what passes did to the module tree since, in order: blocks are followed through renumbered lists.
-        batches: the same calibration rows in the same order.
+        batches: the same calibration rows, in the same batches.
     """
     from safetensors import safe_open
 
