@@ -29,6 +29,7 @@ def apply(
     *,
     trust: bool = False,
     evaluate: bool = True,
+    fresh: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Carries out a recipe: ``compress apply`` from Python.
@@ -38,6 +39,7 @@ def apply(
         out: the run folder (default: ``runs/<recipe name>`` in the working directory).
         trust: whether Python files that the recipe names may be run.
         evaluate: False writes and audits the files without running them on the evaluation rows.
+        fresh: begins again, and removes what a run left in the folder.
         progress: where to tell how far the run is (default: nowhere).
 
     Raises:
@@ -48,7 +50,7 @@ def apply(
     found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
     folder = Path(out) if out is not None else Path("runs") / found.name
     try:
-        return run.apply(found, folder, trust=trust, evaluate=evaluate, progress=progress)
+        return run.apply(found, folder, trust=trust, evaluate=evaluate, fresh=fresh, progress=progress)
     except UserError as error:
         if _SECTION.fullmatch(error.where):
             error.where = f"{found.place(*error.where.split('.'))}: {error.where}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import re
 import resource
@@ -52,29 +50,33 @@ class Journal:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self._peak = self._number = 0
+        self._run: dict[str, Any] = {}
         self._seed, self._progress = seed, progress or Progress()
 
-    def begin(self, name: str, identity: dict[str, str]) -> bool:
-        """Whether the run goes on from an interrupted one; otherwise what that left behind is gone.
+    def begin(self, name: str, identity: dict[str, str], *, fresh: bool = False) -> bool:
+        """Whether the run goes on from an interrupted one; otherwise what that left in the journal is gone.
 
         Args:
             name: of the recipe.
             identity: ``compress.identity.identity`` of this run.
+            fresh: nothing is taken over, whatever is there.
         """
-        before = _read(self.folder / "run.json")
+        self._run = {"name": name, "identity": identity}
+        before = None if fresh else _read(self.folder / "run.json")
         if before is not None:
-            differ = differences(before["identity"], identity)
+            differ = differences(before.get("identity", {}), identity)
             if not differ:
                 return True
             self.warnings.append(f"started again: {_listed(differ)} changed since the interrupted run")
             self._progress.note(self.warnings[-1])
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
         return False
 
-    def start(self, name: str, identity: dict[str, str]) -> None:
-        """Notes whose run this is."""
-        self.folder.mkdir(exist_ok=True)
-        manifest.write_json(self.folder / "run.json", {"name": name, "identity": identity})
+    def start(self) -> None:
+        """Notes whose run this is: from here on it can be resumed."""
+        self.folder.mkdir()
+        manifest.write_json(self.folder / "run.json", self._run)
 
     def part(
         self,
@@ -98,21 +100,28 @@ class Journal:
             reads: other files that its value follows from.
             says: what progress calls it (default: its name).
         """
-        self._number += 1
         makes, reads = list(makes), list(reads)
         if self.finished(name):
-            record = self._record(name)
-            assert record is not None
-            self.resumed.append(name)
             self._progress.note(f"{says or name}: taken over")
-        else:
-            for path in makes:
-                _remove(path)
-            started = time.perf_counter()
-            with self._progress.step(says or name):
-                self._settle(name)
-                value = TypeAdapter(kind).dump_python(make(), mode="json")
-            record = self._written(name, value, time.perf_counter() - started, [*makes, *reads])
+            return self.taken_over(name, kind)
+        for path in makes:
+            _remove(path)
+        started = time.perf_counter()
+        with self._progress.step(says or name):
+            self._settle(name)
+            value = TypeAdapter(kind).dump_python(make(), mode="json")
+        self._write(name, value, time.perf_counter() - started, [*makes, *reads])
+        return self._value(name, kind)
+
+    def taken_over(self, name: str, kind: type[Value]) -> Value:
+        """The recorded value of a part, whatever became of its files."""
+        self.resumed.append(name)
+        return self._value(name, kind)
+
+    def _value(self, name: str, kind: type[Value]) -> Value:
+        record = self._record(name)
+        assert record is not None, name
+        self._number = record["number"]
         self.seconds[name] = record["seconds"]
         self._peak = max(self._peak, record["peak_memory_bytes"])
         made: Value = TypeAdapter(kind).validate_json(json.dumps(record["value"]))
@@ -143,11 +152,11 @@ class Journal:
         np.random.seed(seed)
         torch.manual_seed(seed)
 
-    def _written(self, name: str, value: Any, seconds: float, paths: list[Path]) -> dict[str, Any]:
+    def _write(self, name: str, value: Any, seconds: float, paths: list[Path]) -> None:
         before = self._record(name)
         record = {
             "part": name,
-            "number": self._number,
+            "number": self._number + 1,
             "value": value,
             "files": {file.relative_to(self.out).as_posix(): manifest.digest(file) for path in paths for file in _files(path)},
             "seconds": seconds,
@@ -155,10 +164,9 @@ class Journal:
         }
         if before is not None and before["files"] != record["files"]:
             for path, later in self._records():
-                if later["number"] > self._number:
+                if later["number"] > record["number"]:
                     path.unlink()
         manifest.write_json(self._path(name), record)
-        return record
 
     def _records(self) -> list[tuple[Path, dict[str, Any]]]:
         found = [(path, _read(path)) for path in self.folder.glob("*.part.json")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,16 +19,16 @@ from calibrate.signature import Batch
 from compress.report import Audit, Check, Figure, Latency, Limit, Row
 from export.contract import Artifact, Exporter, Runner
 from export.graph import Traceable
-from export.validate import Checked, Evaluated, Outputs, audit, evaluate, metamorphic, run_rows
+from export.validate import Checked, Evaluated, Outputs, Rows, audit, evaluate, metamorphic, run_rows
 
 if TYPE_CHECKING:
-    from calibrate.data import Rows
     from calibrate.metrics import Estimate, Metric
     from compress.recipe import Accept, Measure
 
-__all__ = ["Judge", "Promise", "figure", "unjudged", "verdict", "with_float_times"]
+__all__ = ["Judge", "Promise", "agreement", "decibels", "figure", "unjudged", "verdict", "with_float_times"]
 
 _WORST_DB = -999.0
+_STATISTICS = "float-statistics.npy"
 _TIMES = ("median_ms", "low_ms", "high_ms")
 _RUNTIME_LIMITS = ("metric_drop", "agreement", "sqnr_db", "latency_ratio", "size_ratio")
 
@@ -75,7 +76,8 @@ def figure(name: str, estimate: Estimate) -> Figure:
 class Judge:
     """What files are judged against: the evaluation rows, the float outputs, the compressed model's outputs.
 
-    ``floats`` are the float files by exporter format, for size and time; ``say`` is told (done, total, what).
+    ``floats`` are the float files by exporter format, for size and time; ``say`` is told (done, total, what). The outputs of
+    the float and of the compressed model are kept in the folder ``kept``, from which ``reopen`` takes them.
     """
 
     rows: Rows
@@ -86,6 +88,7 @@ class Judge:
     threads: int
     folder: Path
     classes: bool = True
+    kept: Path | None = None
     floats: dict[str, Artifact] = field(default_factory=dict)
     float_outputs: Outputs | None = None
     float_statistics: Tensor | None = None
@@ -94,9 +97,12 @@ class Judge:
 
     def float_row(self, model_call: Callable[[Batch], Tensor], size: int) -> Row:
         """Runs the float model once; its outputs are the reference for everything after."""
-        self.float_outputs = Outputs(self.folder)
+        self.float_outputs = self._outputs("float")
         found = self._evaluate(model_call, {}, self.float_outputs, "float model")
+        self.float_outputs.keep()
         self.float_statistics = found.statistics
+        if self.kept is not None and found.statistics is not None:
+            _keep(found.statistics, self.kept / _STATISTICS)
         return Row(
             label="float",
             format="torch",
@@ -108,8 +114,9 @@ class Judge:
 
     def compressed(self, model_call: Callable[[Batch], Tensor], size: int) -> Row:
         """Runs the compressed torch model; files are compared with its outputs."""
-        self.compressed_outputs = Outputs(self.folder)
+        self.compressed_outputs = self._outputs("compressed")
         found = self._evaluate(model_call, {"float": self.float_outputs}, self.compressed_outputs, "compressed model")
+        self.compressed_outputs.keep()
         return self._figures(
             found,
             label="compressed",
@@ -120,29 +127,103 @@ class Judge:
             size_bytes=size,
         )
 
-    def file(self, exporter: Exporter, artifact: Artifact, promise: Promise) -> list[Row]:
-        """The rows of one written file: one for its runtime, one for each other runtime that takes the same file."""
+    def files(self, name: str) -> list[Path]:
+        """What is kept of the model ``name`` (``float`` or ``compressed``), for ``reopen``."""
+        assert self.kept is not None
+        statistics = [self.kept / _STATISTICS] if name == "float" and self.metric is not None else []
+        return [self.kept / f"{name}.npy", *statistics]
+
+    def reopen(self) -> None:
+        """Takes the outputs and statistics that are kept."""
+        assert self.kept is not None
+        if (self.kept / "float.npy").is_file():
+            self.float_outputs = Outputs.reopened(self.kept / "float.npy")
+        if (self.kept / _STATISTICS).is_file():
+            self.float_statistics = torch.from_numpy(np.load(self.kept / _STATISTICS, allow_pickle=False))
+        if (self.kept / "compressed.npy").is_file():
+            self.compressed_outputs = Outputs.reopened(self.kept / "compressed.npy")
+
+    def _outputs(self, name: str) -> Outputs:
+        return Outputs(folder=self.folder) if self.kept is None else Outputs(self.kept / f"{name}.npy")
+
+    def file(
+        self,
+        exporter: Exporter,
+        artifact: Artifact,
+        promise: Promise,
+        before: Mapping[str, Evaluated] | None = None,
+        kept: dict[str, Evaluated] | None = None,
+    ) -> list[Row]:
+        """The rows of one written file: one for its runtime, one for each other runtime that takes the same file.
+
+        Args:
+            before: what another file gave, by label; the fidelity to it is found too, under ``before``.
+            kept: takes what this file gave, by label, with its outputs.
+        """
         known = _described(exporter, artifact, promise, self.folder, self.floats.get(exporter.format))
         known["details"]["run_in_float"] = exporter.kept_float(artifact.path)
-        rows = [self._opened(exporter.format, exporter.open(artifact.path, self.threads), exporter, known, promise)]
+
+        def opened(label: str, runner: Runner) -> Row:
+            other = (before or {}).get(label)
+            return self._opened(label, runner, exporter, known, promise, other.outputs if other else None, kept)
+
+        rows = [opened(exporter.format, exporter.open(artifact.path, self.threads))]
         for label, runner in exporter.also(artifact.path, self.threads):
             try:
-                rows.append(self._opened(label, runner, exporter, known, promise))
+                rows.append(opened(label, runner))
             except RuntimeError as error:
                 why = f"{runner.runtime} cannot run the file: {str(error).strip().splitlines()[0]}"
                 rows.append(Row(label=label, **known, validated="none", runtime=runner.runtime, note=why))
         return rows
 
-    def _opened(self, label: str, runner: Runner, exporter: Exporter, known: dict[str, Any], promise: Promise) -> Row:
+    def gives(self, exporter: Exporter, artifact: Artifact) -> dict[str, Evaluated]:
+        """What a file gives on the evaluation rows, by label, with its outputs; runtimes that cannot run it are absent."""
+        found = {}
+        opened = [(exporter.format, exporter.open(artifact.path, self.threads))]
+        for label, runner in itertools.chain(opened, exporter.also(artifact.path, self.threads)):
+            try:
+                if runner.how != "none":
+                    what = f"{label}: the file to compare with"
+                    found[label] = self._evaluate(run_rows(runner), {}, Outputs(folder=self.folder), what)
+            except RuntimeError:
+                if label == exporter.format:
+                    raise
+            finally:
+                runner.close()
+        return found
+
+    def against(self, label: str, exporter: Exporter, artifact: Artifact, other: Artifact) -> list[Latency]:
+        """Times of a file with their ratios to another file in the same runtime, interleaved, at each batch size; none where
+        this runtime's time means nothing here."""
+        runner = self._runner(label, exporter, artifact)
+        if runner is None:
+            return []
+        try:
+            return self._latency(label, runner, exporter, other) if runner.measurable else []
+        finally:
+            runner.close()
+
+    def _opened(
+        self,
+        label: str,
+        runner: Runner,
+        exporter: Exporter,
+        known: dict[str, Any],
+        promise: Promise,
+        before: Outputs | None,
+        kept: dict[str, Evaluated] | None,
+    ) -> Row:
         described = {"label": label, **known}
         try:
             if runner.how == "none":
                 return Row(**described, validated="none", runtime=runner.runtime, note=runner.runtime)
-            references = {"float": self.float_outputs, "compressed": self.compressed_outputs}
-            found = self._evaluate(run_rows(runner), references, None, label)
+            references = {"float": self.float_outputs, "compressed": self.compressed_outputs, "before": before}
+            found = self._evaluate(run_rows(runner), references, None if kept is None else Outputs(folder=self.folder), label)
+            if kept is not None:
+                kept[label] = found
             batch = self._batch(4)
             checked = [_finite_outputs(found), *metamorphic(runner, batch, dynamic_activations=promise.dynamic_activations)]
-            latency = self._latency(label, runner, exporter) if runner.measurable else []
+            latency = self._latency(label, runner, exporter, self.floats.get(exporter.format)) if runner.measurable else []
             return self._figures(
                 found,
                 **described,
@@ -178,10 +259,10 @@ class Judge:
             **known,
             metric=self._metric(found),
             drop=drop,
-            agreement=_agreement(against_float),
-            sqnr_db=_decibels(against_float),
-            sqnr_to_compressed_db=_decibels(against_compressed),
-            agreement_to_compressed=_agreement(against_compressed),
+            agreement=agreement(against_float),
+            sqnr_db=decibels(against_float),
+            sqnr_to_compressed_db=decibels(against_compressed),
+            agreement_to_compressed=agreement(against_compressed),
         )
 
     def _metric(self, found: Evaluated) -> Figure | None:
@@ -194,26 +275,28 @@ class Judge:
         index = torch.arange(rows) % next(iter(batch.values())).shape[0]
         return {name: value[index] for name, value in batch.items()}
 
-    def _latency(self, label: str, runner: Runner, exporter: Exporter) -> list[Latency]:
-        """Times the file and the float file in the same runtime, interleaved, for each batch size that the file takes."""
-        baseline = self._baseline(label, exporter)
+    def _latency(self, label: str, runner: Runner, exporter: Exporter, other: Artifact | None) -> list[Latency]:
+        """Times the file and another one in the same runtime, interleaved, for each batch size that the file takes."""
+        baseline = None if other is None else self._runner(label, exporter, other)
         try:
             timed = []
             for size in self.measure.batch_sizes:
                 if runner.rows not in (None, size):
                     continue
                 batch = self._batch(size)
-                timed.append(self._time(size, batch, runner, baseline))
+                timed.append(self._time(label, size, batch, runner, baseline))
             return timed
         finally:
             if baseline is not None:
                 baseline.close()
 
-    def _time(self, size: int, batch: Batch, runner: Runner, baseline: Runner | None) -> Latency:
+    def _time(self, label: str, size: int, batch: Batch, runner: Runner, baseline: Runner | None) -> Latency:
         runs: dict[str, Callable[[], object]] = {} if baseline is None else {"float": lambda: baseline(batch)}
-        self.say(0, 1, f"{runner.runtime}: time at batch {size}")
         timings: dict[str, Timing] = interleave(
-            {**runs, "file": lambda: runner(batch)}, repeats=self.measure.repeats, warmup=self.measure.warmup
+            {**runs, "file": lambda: runner(batch)},
+            repeats=self.measure.repeats,
+            warmup=self.measure.warmup,
+            progress=lambda done, total: self.say(done, total, f"{label}: times at batch {size}"),
         )
         made = timings["file"]
         ratio = made.ratio if baseline is not None else None
@@ -232,13 +315,17 @@ class Judge:
             ratio_high=ratio.high if ratio else None,
         )
 
-    def _baseline(self, label: str, exporter: Exporter) -> Runner | None:
-        artifact = self.floats.get(exporter.format)
-        if artifact is None:
-            return None
+    def _runner(self, label: str, exporter: Exporter, artifact: Artifact) -> Runner | None:
         if label == exporter.format:
             return exporter.open(artifact.path, self.threads)
         return dict(exporter.also(artifact.path, self.threads)).get(label)
+
+
+def _keep(values: Tensor, path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.part")
+    with unfinished.open("wb") as file:
+        np.save(file, values.numpy(), allow_pickle=False)
+    unfinished.replace(path)
 
 
 def _described(
@@ -262,7 +349,8 @@ def unjudged(exporter: Exporter, artifact: Artifact, promise: Promise, folder: P
     return Row(label=exporter.format, **described, validated="none", note="evaluation was switched off")
 
 
-def _agreement(fidelity: Fidelity | None) -> Figure | None:
+def agreement(fidelity: Fidelity | None) -> Figure | None:
+    """The share of rows with the same answer; None where there are no classes."""
     estimate = fidelity.agreement_estimate if fidelity is not None else None
     return figure("agreement", estimate) if estimate else None
 
@@ -273,7 +361,7 @@ def _finite_outputs(found: Evaluated) -> Checked:
     return Checked("outputs are finite", finite, "" if finite else "NaN or infinity in the outputs")
 
 
-def _decibels(fidelity: Fidelity | None) -> float | None:
+def decibels(fidelity: Fidelity | None) -> float | None:
     """The SQNR as JSON can hold it: None where the outputs are equal, and the lowest number for what is not finite."""
     if fidelity is None or fidelity.sqnr_db == math.inf:
         return None

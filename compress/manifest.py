@@ -6,11 +6,18 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["digest", "machine", "size_bytes", "versions", "write_json"]
+if TYPE_CHECKING:
+    from compress.datasets import Data
+    from compress.recipe import Recipe
+    from compress.sources import Source
+    from export.contract import Artifact
+
+__all__ = ["digest", "machine", "size_bytes", "versions", "write", "write_json"]
 
 _LIBRARIES = (
     "transformer-compress", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime", "openvino", "coremltools",
@@ -75,3 +82,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def write(out: Path, recipe: Recipe, source: Source, data: Data, artifacts: Mapping[str, Artifact]) -> None:
+    """Writes ``manifest.json``, with the hashes of the recipe, the compressed model and the files."""
+    files = {"recipe.yaml": out / "recipe.yaml", "model.safetensors": out / "model.safetensors"}
+    files |= {artifact.path.relative_to(out).as_posix(): artifact.path for artifact in artifacts.values()}
+    content = {
+        "version": 1,
+        "recipe": recipe.name,
+        "base": os.path.relpath(recipe.base, out),
+        "seed": recipe.seed,
+        "model": {"source": recipe.model.source, "fingerprint": source.fingerprint},
+        "data": data.describe(),
+        "files": {name: {"sha256": digest(path), "bytes": size_bytes(path)} for name, path in files.items()},
+        "versions": versions(),
+        "machine": machine(recipe.threads),
+    }
+    write_json(out / "manifest.json", content)

@@ -1,45 +1,81 @@
-"""The run: one readable function that turns a recipe into a folder of judged files."""
+"""The run: one readable pipeline that turns a recipe into a folder of judged files, and goes on where it was interrupted."""
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.util
 import os
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from calibrate.errors import UserError
 from calibrate.inventory import difference, inventory
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.anatomy import Anatomy, find
+from compress.checkpoints import Checkpoints, Subject
+from compress.checks import check, check_exporters, placed
 from compress.datasets import Data, load_data
+from compress.identity import identity
+from compress.journal import Journal
 from compress.judgement import Judge, Promise, unjudged, verdict, with_float_times
 from compress.passes.contract import Context, Pass, evaluating
-from compress.preparation import model_of, require_runtimes
+from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
 from compress.report import Report, Row, StepRecord
+from compress.run_folder import locked, own, prepare, writable
 from compress.saved import save, signature_json
 from compress.sources import Source
-from compress.surgery import Surgery
 from compress.validation import keep_rows
-from export.contract import Artifact
+from export.contract import Artifact, Exporter
 from export.graph import Traceable
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
-    from compress.yaml_positions import Step
 
-__all__ = ["Clock", "apply", "check", "prepare"]
+__all__ = ["Clock", "Run", "apply"]
+
+
+@dataclass
+class Run:
+    """What stays the same from the beginning of a run to its end.
+
+    Attributes:
+        judge: None where nothing is evaluated.
+        journal: what is finished already, and what the parts keep for one another.
+        checkpoints: the model after each pass.
+    """
+
+    recipe: Recipe
+    out: Path
+    source: Source
+    data: Data
+    judge: Judge | None
+    journal: Journal
+    checkpoints: Checkpoints
+    progress: Progress
+    clock: Clock
+    float_bytes: int
+
+    def traceable(self, model: nn.Module) -> Traceable:
+        """The model, ready to be written."""
+        return Traceable(model, self.source.signature, self.data.example, self.source.name)
+
+    def call(self, model: nn.Module) -> Callable[[Batch], Tensor]:
+        """The model as a function of a batch."""
+        return lambda batch: self.source.signature.call(model, batch)
+
+    def anatomy(self, model: nn.Module) -> Anatomy:
+        """The parts of the model as it is now."""
+        return _anatomy(self.recipe, self.source, model, self.data)
 
 
 def apply(
@@ -48,174 +84,242 @@ def apply(
     *,
     trust: bool = False,
     evaluate: bool = True,
+    fresh: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Carries out a recipe and returns its report, which also lies in the folder.
+
+    A run that was interrupted, in whatever way, goes on where it stopped when recipe, weights, data and program are the same;
+    its files are those that it would have written undisturbed.
 
     Args:
         recipe: what ``compress.recipe.read`` made of a file.
         out: the run folder; made if it does not exist. A folder that is not a run folder and not empty is refused.
         trust: whether Python files that the recipe names may be run.
         evaluate: False writes the files and audits their contents, and runs nothing on the evaluation rows.
+        fresh: begins again, and removes what a run left in the folder, also one of another recipe.
         progress: where to tell how far the run is.
 
     Raises:
         UserError: what the user can change (exit code 2); ``MissingRuntime`` where a library is absent (exit code 3).
     """
-    progress, clock = progress or Progress(), Clock()
     require_runtimes(recipe)
+    own(out, recipe.name, fresh=fresh)
+    with writable(out), locked(out):
+        run = _begun(recipe, out, trust, evaluate, fresh, progress or Progress())
+        rows = float_side(run)
+        subject, steps = passes(run)
+        compressed = saved(run, subject)
+        artifacts, made = files(run, subject.model)
+        told = _report(run, [*rows, *made], compressed, steps)
+        report.write(told, out)
+        manifest.write(out, recipe, run.source, run.data, artifacts)
+        _companions(run, told)
+        run.journal.close()
+    return told
+
+
+def _begun(recipe: Recipe, out: Path, trust: bool, evaluate: bool, fresh: bool, progress: Progress) -> Run:
+    """Loads model and data, refuses what cannot work, and looks for an interrupted run to go on from."""
+    clock = Clock()
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
-
     with clock("load"), progress.step("load model and data"):
         source = model_of(recipe, trust)
         data = load_data(recipe, source, evaluation=evaluate)
-        model, example = source.model, data.example
     with clock("anatomy"), progress.step("find the parts of the model"):
-        anatomy = _anatomy(recipe, source, model, example)
-        check(recipe, model, anatomy)
-        for number, exporter in enumerate(recipe.export):
-            with _placed(recipe, "export", number, exporter.format):
-                exporter.check(Traceable(model, source.signature, example, source.name))
-    prepare(out, recipe)
+        check(recipe, source.model, _anatomy(recipe, source, source.model, data))
+        check_exporters(recipe, Traceable(source.model, source.signature, data.example, source.name))
+    journal = Journal(out, recipe.seed, progress)
+    if not journal.begin(recipe.name, identity(recipe, source, data, out, evaluate=evaluate), fresh=fresh):
+        prepare(out, recipe)
+        journal.start()
+    loaded = [source.model]
+    return Run(
+        recipe=recipe,
+        out=out,
+        source=source,
+        data=data,
+        judge=None if data.evaluation is None else _judge(recipe, source, data, out, journal, progress),
+        journal=journal,
+        checkpoints=Checkpoints(journal.folder, source, lambda: loaded.pop() if loaded else model_of(recipe, trust).model),
+        progress=progress,
+        clock=clock,
+        float_bytes=sum(entry.bytes for entry in inventory(source.model).values()),
+    )
 
-    judge = _judge(recipe, source, data, out, progress)
-    rows: list[Row] = []
-    compressed: Row | None = None
-    float_bytes = sum(entry.bytes for entry in inventory(model).values())
-    if judge is not None:
-        with clock("float reference"), progress.step("float model: reference outputs and files"), evaluating(model):
-            rows.append(judge.float_row(lambda batch: source.signature.call(model, batch), float_bytes))
-        with clock("float files"), progress.step("float files, to compare with"):
-            traceable = Traceable(model, source.signature, example, source.name)
-            for number, exporter in enumerate(recipe.export):
-                with _placed(recipe, "export", number, exporter.format):
-                    judge.floats[exporter.format] = exporter.write(traceable, _made(out / "baseline" / exporter.filename))
-            del traceable
-            gc.collect()
 
-    surgery, steps = Surgery(), []
-    for number, step in enumerate(recipe.passes):
-        with clock(f"pass {step.name}"), progress.step(f"pass {number + 1} of {len(recipe.passes)}: {step.name}"):
-            if number:
-                anatomy = _anatomy(recipe, source, model, example)
-            context = Context(
-                signature=source.signature,
-                anatomy=anatomy,
-                calibration=data.calibration_batches,
-                surgery=surgery,
-                seed=recipe.seed,
-                progress=progress.update,
+def float_side(run: Run) -> list[Row]:
+    """Runs the float model on the evaluation rows and writes the float files, to compare with; nothing without a judge."""
+    judge, model = run.judge, run.source.model
+    if judge is None:
+        return []
+    with evaluating(model):
+        row = run.journal.part(
+            "float reference",
+            Row,
+            lambda: judge.float_row(run.call(model), run.float_bytes),
+            makes=judge.files("float"),
+            says="float model: reference outputs",
+        )
+    judge.reopen()
+    traceable = run.traceable(model)
+    for number, exporter in enumerate(run.recipe.export):
+        path = run.out / "baseline" / exporter.filename
+        judge.floats[exporter.format] = _written(run, number, exporter, traceable, path, f"float file {exporter.format}")
+    del traceable
+    gc.collect()
+    return [row]
+
+
+def passes(run: Run) -> tuple[Subject, list[StepRecord]]:
+    """Carries out the passes in order, from the last checkpoint that an interrupted run left."""
+    steps: list[StepRecord] = []
+    done = _done(run)
+    subject = run.checkpoints.restore(done)
+    for number, step in enumerate(run.recipe.passes, 1):
+        part = _part(number, step)
+        if number <= done:
+            steps.append(run.journal.taken_over(part, StepRecord))
+            continue
+        run.checkpoints.forget(but=number - 1)
+        steps.append(
+            run.journal.part(
+                part,
+                StepRecord,
+                functools.partial(_carried_out, run, subject, number, step),
+                makes=[run.checkpoints.path(number)],
+                says=f"pass {number} of {len(run.recipe.passes)}: {step.name}",
             )
-            before, started = inventory(model), time.perf_counter()
-            with _placed(recipe, "passes", number, step.name):
-                model = step.run(model, context)
-            after = inventory(model)
-            steps.append(_record(step, before, after, context.report, time.perf_counter() - started))
-            gc.collect()
+        )
+        gc.collect()
+    return subject, steps
 
-    with clock("save"), progress.step("save the compressed model"):
-        save(model, surgery.edits, source.rebuild, source.signature, out)
-        source.save_files(out / "source")
-    if judge is not None:
-        with clock("compressed model"), progress.step("compressed model: outputs"), evaluating(model):
-            size = manifest.size_bytes(out / "model.safetensors")
-            compressed = judge.compressed(lambda batch: source.signature.call(model, batch), size)
-            keep_rows(judge, out)
 
-    traceable, artifacts = Traceable(model, source.signature, example, source.name), {}
-    promise: Promise | None = None
-    for number, exporter in enumerate(recipe.export):
-        with clock(f"write {exporter.format}"), progress.step(f"{exporter.format}: write"):
-            with _placed(recipe, "export", number, exporter.format):
-                artifact = exporter.write(traceable, _made(out / exporter.filename))
-            artifacts[exporter.format] = artifact
-            promise = promise or Promise.of(traceable)
-        with clock(f"judge {exporter.format}"), progress.step(f"{exporter.format}: open, run, judge"):
-            rows += judge.file(exporter, artifact, promise) if judge else [unjudged(exporter, artifact, promise, out)]
+def _done(run: Run) -> int:
+    """How many passes need not be carried out again: up to the last one whose checkpoint is whole."""
+    parts = [_part(number, step) for number, step in enumerate(run.recipe.passes, 1)]
+    for count in range(len(parts), 0, -1):
+        if all(map(run.journal.recorded, parts[:count])) and run.journal.finished(parts[count - 1]):
+            return count
+    return 0
 
-    rows, limits = with_float_times(rows), verdict(rows, recipe.accept) if judge else []
+
+def _part(number: int, step: Pass) -> str:
+    return f"pass {number} {step.name}"
+
+
+def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRecord:
+    """Runs one pass and keeps the model as it is then."""
+    context = Context(
+        signature=run.source.signature,
+        anatomy=run.anatomy(subject.model),
+        calibration=run.data.calibration_batches,
+        surgery=subject.surgery,
+        seed=run.recipe.seed,
+        progress=run.progress.update,
+    )
+    before, started = inventory(subject.model), time.perf_counter()
+    with placed(run.recipe, "passes", number - 1, step.name):
+        subject.model = step.run(subject.model, context)
+    after, seconds = inventory(subject.model), time.perf_counter() - started
+    run.checkpoints.keep(subject, number)
+    return _record(step, before, after, context.report, seconds)
+
+
+def saved(run: Run, subject: Subject) -> Row | None:
+    """Puts the compressed model into the folder, and runs it on the evaluation rows."""
+    path = run.out / "model.safetensors"
+    last = run.checkpoints.path(len(run.recipe.passes)) / path.name
+    with run.clock("save"), run.progress.step("save the compressed model"):
+        if last.is_file():
+            _same_file(last, path)
+        else:
+            save(subject.model, subject.surgery.edits, run.source.rebuild, run.source.signature, run.out)
+        run.source.save_files(run.out / "source")
+    judge = run.judge
+    if judge is None:
+        return None
+
+    def row() -> Row:
+        made = judge.compressed(run.call(subject.model), manifest.size_bytes(path))
+        keep_rows(judge, run.out)
+        return made
+
+    with evaluating(subject.model):
+        kept = [*judge.files("compressed"), run.out / "kept.safetensors"]
+        found = run.journal.part("compressed model", Row, row, makes=kept, reads=[path], says="compressed model: outputs")
+    judge.reopen()
+    return found
+
+
+def files(run: Run, model: nn.Module) -> tuple[dict[str, Artifact], list[Row]]:
+    """Writes the compressed model in every format of the recipe, and judges each file."""
+    traceable, artifacts, rows = run.traceable(model), {}, []
+    promise = functools.cache(lambda: Promise.of(traceable))
+    for number, exporter in enumerate(run.recipe.export):
+        path = run.out / exporter.filename
+        artifact = _written(run, number, exporter, traceable, path, f"write {exporter.format}", run.out / "model.safetensors")
+        artifacts[exporter.format] = artifact
+        rows += run.journal.part(
+            f"judge {exporter.format}",
+            list[Row],
+            functools.partial(_judged, run, exporter, artifact, promise),
+            reads=[path.parent],
+            says=f"{exporter.format}: open, run, judge",
+        )
+    return artifacts, rows
+
+
+def _judged(run: Run, exporter: Exporter, artifact: Artifact, promise: Callable[[], Promise]) -> list[Row]:
+    if run.judge is None:
+        return [unjudged(exporter, artifact, promise(), run.out)]
+    return run.judge.file(exporter, artifact, promise())
+
+
+def _written(run: Run, number: int, exporter: Exporter, source: Traceable, path: Path, part: str, *reads: Path) -> Artifact:
+    """One file, written or taken over. A format owns the folder that its file lies in."""
+
+    def write() -> dict[str, Any]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with placed(run.recipe, "export", number, exporter.format):
+            artifact = exporter.write(source, path)
+        return {"size_bytes": artifact.size_bytes, "details": dict(artifact.details)}
+
+    says = f"{exporter.format}: write" if part.startswith("write") else f"{exporter.format}: float file, to compare with"
+    told = run.journal.part(part, dict[str, Any], write, makes=[path.parent], reads=reads, says=says)
+    return Artifact(exporter.format, path, told["size_bytes"], told["details"])
+
+
+def _report(run: Run, rows: list[Row], compressed: Row | None, steps: list[StepRecord]) -> Report:
+    rows = with_float_times(rows)
+    limits = verdict(rows, run.recipe.accept) if run.judge else []
     met = all(limit.met for limit in limits)
-    made = Report(
-        name=recipe.name,
+    return Report(
+        name=run.recipe.name,
         met=met,
         exit_code=0 if met else 1,
         limits=limits,
         rows=rows,
         compressed=compressed,
         steps=steps,
-        model=_about(source, float_bytes),
-        data=data.describe(),
-        machine=manifest.machine(recipe.threads),
-        seconds=clock.seconds,
-        peak_memory_bytes=_peak(),
-        folder=str(out),
+        warnings=[*run.data.warnings, *run.journal.warnings],
+        resumed=run.journal.resumed,
+        model=_about(run.source, run.float_bytes),
+        data=run.data.describe(),
+        machine=manifest.machine(run.recipe.threads),
+        seconds={**run.clock.seconds, **run.journal.seconds},
+        peak_memory_bytes=run.journal.peak_memory_bytes,
+        folder=str(run.out),
     )
-    _write_manifest(recipe, source, data, artifacts, out)
-    report.write(made, out)
-    return made
 
 
-def check(recipe: Recipe, model: nn.Module, anatomy: Anatomy) -> None:
-    """Refuses, before anything runs, a pass whose targets do not exist or that a requested runtime cannot carry.
-
-    The first pass is checked against the model as it is; later ones are checked again when their turn comes, because the
-    model may have changed by then.
-
-    Raises:
-        UserError: names the pass, the place and the runtime.
-    """
-    for number, step in enumerate(recipe.passes):
-        try:
-            with _placed(recipe, "passes", number, step.name):
-                step.targets(model, anatomy)
-        except UserError:
-            if number == 0:
-                raise
-            continue
-        preview = _tree(step.preview(model, anatomy))
-        for exporter in recipe.export:
-            if refused := exporter.refuses(preview):
-                path, reason = refused[0]
-                more = f" (and {len(refused) - 1} more places)" if len(refused) > 1 else ""
-                raise UserError(
-                    f"{recipe.place('passes', number, step.name)}: {step.name}",
-                    f"{exporter.format} cannot carry {path}: {reason}{more}",
-                    f"Change the pass, or take {exporter.format} out of export.",
-                )
-
-
-@contextmanager
-def _placed(recipe: Recipe, *path: Step) -> Iterator[None]:
-    """Puts the place of a pass or an exporter in the recipe before what it says of a mistake."""
-    try:
-        yield
-    except UserError as error:
-        place = recipe.place(*path)
-        error.where = f"{place}: {error.where}" if error.where else place
-        raise
-
-
-def prepare(out: Path, recipe: Recipe) -> None:
-    """Makes the run folder and puts the recipe into it; files of an earlier run in it are removed.
-
-    Raises:
-        UserError: the folder holds something that is not a run, or cannot be written.
-    """
-    marker = out / "recipe.yaml"
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not marker.is_file()):
-        raise UserError(str(out), "exists and is not a run folder", "Name another folder with --out, or remove it.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for stale in ("report.json", "validation.json", "manifest.json", "kept.safetensors", "model.safetensors"):
-            (out / stale).unlink(missing_ok=True)
-        for stale in ("onnx", "coreml", "tensorrt", "baseline", "source"):
-            shutil.rmtree(out / stale, ignore_errors=True)
-        unfinished = out / ".recipe.yaml.part"
-        unfinished.write_text(recipe.text)
-        os.replace(unfinished, marker)
-    except OSError as error:
-        raise UserError(str(out), f"cannot be written: {error.strerror}", "Name another folder with --out.") from None
+def _companions(run: Run, told: Report) -> None:
+    """What stands beside the files for people: model cards, snippets, the page."""
+    if importlib.util.find_spec("compress.cards") is not None:
+        importlib.import_module("compress.cards").write(run.out, told, run.recipe, run.source)
+    if importlib.util.find_spec("compress.page") is not None:
+        importlib.import_module("compress.page").write(run.out)
 
 
 @dataclass
@@ -233,38 +337,14 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def _judge(recipe: Recipe, source: Source, data: Data, out: Path, progress: Progress) -> Judge | None:
-    if data.evaluation is None:
-        return None
-    return Judge(
-        rows=data.evaluation,
-        metric=data.metric,
-        metric_name=data.metric_name,
-        batch_size=data.batch_size,
-        measure=recipe.measure,
-        threads=recipe.threads,
-        folder=out,
-        classes=source.task not in ("sentence-embedding", "features"),
-        say=progress.update,
-    )
+def _judge(recipe: Recipe, source: Source, data: Data, out: Path, journal: Journal, progress: Progress) -> Judge:
+    rows = data.evaluation
+    assert rows is not None
+    return judge_of(recipe, source.task, rows, data.metric, data.metric_name, data.batch_size, out, progress, kept=journal.folder)
 
 
-def _anatomy(recipe: Recipe, source: Source, model: nn.Module, example: Batch) -> Anatomy:
-    return find(model, source.signature, example, {str(role): paths for role, paths in recipe.model.roles.items()})
-
-
-def _tree(layers: dict[str, nn.Module]) -> nn.Module:
-    """A module with the given modules at the given paths, and nothing else."""
-    root = nn.Module()
-    for path, layer in layers.items():
-        holder = root
-        *parents, name = path.split(".")
-        for parent in parents:
-            if parent not in holder._modules:
-                holder.add_module(parent, nn.Module())
-            holder = holder.get_submodule(parent)
-        holder.add_module(name, layer)
-    return root
+def _anatomy(recipe: Recipe, source: Source, model: nn.Module, data: Data) -> Anatomy:
+    return find(model, source.signature, data.example, {str(role): paths for role, paths in recipe.model.roles.items()})
 
 
 def _record(step: Pass, before: Any, after: Any, says: dict[str, Any], seconds: float) -> StepRecord:
@@ -280,6 +360,17 @@ def _record(step: Pass, before: Any, after: Any, says: dict[str, Any], seconds: 
     )
 
 
+def _same_file(path: Path, name: Path) -> None:
+    """Gives a file a second name; where the file system has no such thing, it is copied."""
+    unfinished = name.with_name(f".{name.name}.part")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(path, unfinished)
+    except OSError:
+        shutil.copyfile(path, unfinished)
+    os.replace(unfinished, name)
+
+
 def _about(source: Source, float_bytes: int) -> dict[str, Any]:
     return {
         "name": source.name,
@@ -289,31 +380,3 @@ def _about(source: Source, float_bytes: int) -> dict[str, Any]:
         "signature": signature_json(source.signature),
         "notes": list(source.notes),
     }
-
-
-def _write_manifest(recipe: Recipe, source: Source, data: Data, artifacts: dict[str, Artifact], out: Path) -> None:
-    files = {"recipe.yaml": out / "recipe.yaml", "model.safetensors": out / "model.safetensors"}
-    files |= {artifact.path.relative_to(out).as_posix(): artifact.path for artifact in artifacts.values()}
-    content = {
-        "version": 1,
-        "recipe": recipe.name,
-        "base": os.path.relpath(recipe.base, out),
-        "seed": recipe.seed,
-        "model": {"source": recipe.model.source, "fingerprint": source.fingerprint},
-        "data": data.describe(),
-        "files": {name: {"sha256": manifest.digest(path), "bytes": manifest.size_bytes(path)} for name, path in files.items()},
-        "versions": manifest.versions(),
-        "machine": manifest.machine(recipe.threads),
-    }
-    manifest.write_json(out / "manifest.json", content)
-
-
-def _made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _peak() -> int:
-    """Largest resident size of this process, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -36,11 +36,11 @@ _SAID = re.compile(r"no space left on device|disk quota exceeded|read-only file 
 _LEAST_BYTES = 64 * 1024
 
 
-def own(out: Path, name: str) -> None:
+def own(out: Path, name: str, *, fresh: bool = False) -> None:
     """Checks that a folder may be used for runs of the recipe ``name``: it does not exist, is empty, or holds such a run.
 
     Raises:
-        UserError: it holds something else, or a run of another recipe.
+        UserError: it holds something else, or a run of another recipe, which only ``fresh`` permits.
     """
     if out.is_file():
         raise UserError(str(out), "is a file", "Name a folder with --out.")
@@ -51,7 +51,7 @@ def own(out: Path, name: str) -> None:
         raise UserError(str(out), "exists and is not a run folder", "Name another folder with --out, or remove it.")
     for state, key in ((f"{FOLDER}/run.json", "name"), ("manifest.json", "recipe")):
         found = _state(out / state).get(key, name)
-        if found != name:
+        if found != name and not fresh:
             hint = "Name another folder with --out, or give --fresh to remove that run."
             raise UserError(str(out), f"holds a run of the recipe {found}, this is {name}", hint)
 

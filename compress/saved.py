@@ -15,7 +15,7 @@ from calibrate.errors import UserError
 from calibrate.signature import Signature, TensorSpec
 from compress.surgery import Edit, Surgery
 
-__all__ = ["Saved", "load", "read", "save", "signature_from", "signature_json"]
+__all__ = ["Saved", "load", "read", "reload", "restore", "save", "signature_from", "signature_json"]
 
 _KEY = "compress"
 _FILE = "model.safetensors"
@@ -47,9 +47,9 @@ def save(model: nn.Module, edits: list[Edit], rebuild: dict[str, Any], signature
 
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    first: dict[tuple[int, tuple[int, ...], torch.dtype], str] = {}
+    first: dict[tuple[object, ...], str] = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and key in first:
             tied[name] = first[key]
             continue
@@ -63,7 +63,8 @@ def save(model: nn.Module, edits: list[Edit], rebuild: dict[str, Any], signature
         "tied": tied,
     }
     path, unfinished = folder / _FILE, folder / f".{_FILE}.part"
-    save_file(tensors, unfinished, metadata={"format": "pt", _KEY: json.dumps(described, sort_keys=True)})
+    # One key only: safetensors writes several in an order that changes from process to process.
+    save_file(tensors, unfinished, metadata={_KEY: json.dumps(described, sort_keys=True)})
     os.replace(unfinished, path)
     return path
 
@@ -102,19 +103,31 @@ def load(folder: str | Path, *, trust: bool = False) -> nn.Module:
     Raises:
         UserError: no such folder, or the model came from a Python file and ``trust`` is False.
     """
-    from safetensors.torch import load_file
-
     from compress.sources import rebuild_model
 
     folder = Path(folder)
+    model = rebuild_model(read(folder).rebuild, folder, trust=trust)
+    restore(model, folder)
+    return model.eval().requires_grad_(False)
+
+
+def restore(model: nn.Module, folder: Path) -> Surgery:
+    """Makes a float model of the same architecture the model that ``save`` wrote into ``folder``; returns the edits made."""
+    surgery = Surgery()
+    surgery.replay(model, read(folder).edits)
+    reload(model, folder)
+    return surgery
+
+
+def reload(model: nn.Module, folder: Path) -> None:
+    """Puts the tensors that ``save`` wrote into ``folder`` in the place of the model's own; they are mapped, not read."""
+    from safetensors.torch import load_file
+
     saved = read(folder)
-    model = rebuild_model(saved.rebuild, folder, trust=trust)
-    Surgery().replay(model, saved.edits)
     tensors = load_file(folder / _FILE)
     tensors |= {name: tensors[stored] for name, stored in saved.tied.items()}
     model.load_state_dict(tensors, assign=True)
     _tie(model, saved.tied)
-    return model.eval().requires_grad_(False)
 
 
 def _tie(model: nn.Module, tied: dict[str, str]) -> None:

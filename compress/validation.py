@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,17 @@ from calibrate.signature import Batch
 from compress import manifest, report
 from compress.judgement import Judge, Promise, verdict, with_float_times
 from compress.passes.contract import evaluating
-from compress.preparation import model_of, require_runtimes
+from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
 from compress.report import Limit, Report, Row
+from compress.run_folder import locked, writable
 from compress.saved import load
 from compress.saved import read as read_saved
 from export.contract import Artifact, Exporter
 from export.graph import Traceable
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
 
 __all__ = ["KeptRows", "keep_rows", "validate"]
 
@@ -87,6 +91,11 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
     recipe = read(folder / "recipe.yaml", base=(folder / told["base"]).resolve())
     before = report.read(folder)
     require_runtimes(recipe)
+    with writable(folder), locked(folder):
+        return _validated(recipe, folder, told, before, trust, progress)
+
+
+def _validated(recipe: Recipe, folder: Path, told: dict[str, Any], before: Report, trust: bool, progress: Progress) -> Report:
     torch.set_num_threads(recipe.threads)
     limits = _unchanged(folder, told)
     with progress.step("load the compressed model"):
@@ -125,17 +134,7 @@ def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: P
     task = report.read(folder).model["task"]
 
     def made(rows: Any, metric: Any, metric_name: str, batch_size: int) -> Judge:
-        return Judge(
-            rows=rows,
-            metric=metric,
-            metric_name=metric_name,
-            batch_size=batch_size,
-            measure=recipe.measure,
-            threads=recipe.threads,
-            folder=folder,
-            classes=task not in ("sentence-embedding", "features"),
-            say=progress.update,
-        )
+        return judge_of(recipe, task, rows, metric, metric_name, batch_size, folder, progress)
 
     size = manifest.size_bytes(folder / "model.safetensors")
     try:

@@ -7,10 +7,12 @@ equals the same row in a batch, identical rows give identical outputs.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -43,48 +45,70 @@ class Metric(Protocol):
 
 
 class Outputs:
-    """Model outputs for all rows, in order; above ``limit_bytes`` they lie in a file of ``folder`` that is mapped, not read.
+    """Model outputs for all rows, in order, in a file that is mapped and never read whole.
 
-    ``append`` adds a batch [B, ...]; iterating with ``slices(sizes)`` gives them back.
+    ``append`` adds a batch [B, ...], ``take`` gives rows back. With ``path`` the file stays (``.npy``, float32) once ``keep``
+    was called, and can be opened again; without, it has no name and lies in ``folder``, or where temporary files lie.
     """
 
-    def __init__(self, folder: Path | None = None, limit_bytes: int = 64_000_000) -> None:
-        self._kept: list[Tensor] = []
-        self._folder, self._limit, self._bytes = folder, limit_bytes, 0
-        self._file: Any = None
-        self._rows = 0
+    def __init__(self, path: Path | None = None, folder: Path | None = None) -> None:
+        self._path, self._folder = path, folder
+        self._file: IO[bytes] | None = None
+        self._rows = self._start = 0
         self._tail: tuple[int, ...] = ()
+
+    @classmethod
+    def reopened(cls, path: Path) -> Outputs:
+        """The outputs that ``keep`` left at ``path``."""
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        made = cls(path)
+        made._file = path.open("rb")
+        made._rows, made._start, made._tail = mapped.shape[0], mapped.offset, mapped.shape[1:]
+        return made
 
     def __len__(self) -> int:
         return self._rows
 
     def append(self, batch: Tensor) -> None:
-        values = batch.detach().to("cpu", torch.float32)
-        self._tail = tuple(values.shape[1:])
-        self._rows += values.shape[0]
-        self._bytes += values.nbytes
-        if self._file is None and (self._bytes <= self._limit or self._folder is None):
-            self._kept.append(values.clone())
-            return
+        values = batch.detach().to("cpu", torch.float32).contiguous()
         if self._file is None:
-            import tempfile
-
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as the outputs
-            for kept in self._kept:
-                self._file.write(kept.contiguous().numpy().tobytes())
-            self._kept = []
-        self._file.write(values.contiguous().numpy().tobytes())
+            self._tail = tuple(values.shape[1:])
+            self._file = self._opened()
+            self._header()
+            self._start = self._file.tell()
+        self._rows += values.shape[0]
+        self._file.write(values.numpy().data)
 
     def take(self, start: int, count: int) -> Tensor:
         """Rows ``start .. start + count`` [count, ...]."""
-        if self._file is not None:
+        assert self._file is not None, "there are no outputs"
+        if self._file.writable():
             self._file.flush()
-            width = int(np.prod(self._tail, dtype=np.int64))
-            mapped = np.memmap(self._file, np.float32, "r", offset=4 * width * start, shape=(count, *self._tail))
-            return torch.from_numpy(np.array(mapped))
-        if len(self._kept) > 1:
-            self._kept = [torch.cat(self._kept)]
-        return self._kept[0][start : start + count]
+        width = int(np.prod(self._tail, dtype=np.int64))
+        mapped = np.memmap(self._file, np.float32, "r", offset=self._start + 4 * width * start, shape=(count, *self._tail))
+        return torch.from_numpy(np.array(mapped))
+
+    def keep(self) -> None:
+        """All rows are there: the file gets its name."""
+        assert self._file is not None, "there are no outputs"
+        if self._path is not None:
+            self._file.seek(0)
+            self._header()
+            self._file.flush()
+            os.replace(self._unfinished, self._path)
+
+    def _opened(self) -> IO[bytes]:
+        return self._unfinished.open("w+b") if self._path is not None else tempfile.TemporaryFile(dir=self._folder)
+
+    def _header(self) -> None:
+        # numpy pads the header so that more rows do not make it longer.
+        described = {"descr": "<f4", "fortran_order": False, "shape": (self._rows, *self._tail)}
+        np.lib.format.write_array_header_1_0(self._file, described)  # type: ignore[arg-type]
+
+    @property
+    def _unfinished(self) -> Path:
+        assert self._path is not None
+        return self._path.with_name(f".{self._path.name}.part")
 
 
 @dataclass

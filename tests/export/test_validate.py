@@ -61,15 +61,22 @@ def test_evaluation_does_not_depend_on_the_batch_size(size: int) -> None:
     assert torch.equal(found.statistics[:, 1], rows.x[:, 0] * 2)
 
 
-def test_outputs_on_disk_are_those_in_memory(tmp_path: Path) -> None:
+def test_outputs_come_back_and_are_kept(tmp_path: Path) -> None:
     batches = [torch.randn(count, 2, 5) for count in (3, 1, 4)]
-    mapped, held = Outputs(tmp_path, limit_bytes=50), Outputs(tmp_path)
+    kept, nameless = Outputs(tmp_path / "kept.npy"), Outputs(folder=tmp_path)
     for batch in batches:
-        mapped.append(batch)
-        held.append(batch)
-    assert len(mapped) == len(held) == 8
-    for start, count in ((0, 8), (2, 3), (7, 1)):
-        assert torch.equal(mapped.take(start, count), held.take(start, count))
+        kept.append(batch)
+        nameless.append(batch)
+        assert torch.equal(nameless.take(0, 3), batches[0]), "while there is more to come"
+    assert not (tmp_path / "kept.npy").exists()
+    kept.keep()
+    nameless.keep()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept.npy"]
+    whole = torch.cat(batches)
+    for outputs in (kept, nameless, Outputs.reopened(tmp_path / "kept.npy")):
+        assert len(outputs) == 8
+        for start, count in ((0, 8), (2, 3), (7, 1)):
+            assert torch.equal(outputs.take(start, count), whole[start : start + count])
 
 
 def test_fixed_batches_are_filled_up_and_cut_again() -> None:
