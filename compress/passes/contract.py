@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from compress.surgery import Edit, Surgery
 if TYPE_CHECKING:
     from compress.anatomy import Anatomy
 
-__all__ = ["Context", "Pass", "Target", "evaluating", "unknown"]
+__all__ = ["Context", "Pass", "Target", "blank", "evaluating", "unknown"]
+
+_SMALL = 1 << 16
+"""Numbers in a tensor that ``blank`` fills."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,16 @@ class Target:
 class Context:
     """What a pass may use: the anatomy of the model as it is now, calibration batches, the seed, and the surgery.
 
-    ``calibration`` makes a fresh iterator over the same calibration batches each time it is called. ``report`` collects what
-    the pass wants to say in the run's report (JSON values). ``progress`` is told (done, total, what).
+    ``calibration`` makes a fresh iterator over the same calibration batches each time it is called, ``rows`` in all (0: not
+    known). ``report`` collects what the pass wants to say in the run's report (JSON values). ``progress`` is told (done,
+    total, what).
     """
 
     signature: Signature
     anatomy: Anatomy
     calibration: Callable[[], Iterable[Batch]]
     surgery: Surgery
+    rows: int = 0
     seed: int = 0
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     report: dict[str, Any] = field(default_factory=dict)
@@ -93,7 +99,16 @@ class Pass(BaseModel, ABC):
         A pass that puts layers in needs only ``preview``; one that takes parts out, or shares them, says so here.
         """
         for path, layer in self.preview(model, anatomy).items():
-            surgery.replace(model, path, layer.to_empty(device="cpu"))
+            surgery.replace(model, path, blank(layer, len(surgery.edits)))
+
+    def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+        """Sites that the options name and that this pass would leave as they are, by path, with the reason."""
+        return {}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether these options make the pass read calibration rows."""
+        return self.needs_calibration
 
     @abstractmethod
     def run(self, model: nn.Module, context: Context) -> nn.Module:
@@ -102,6 +117,31 @@ class Pass(BaseModel, ABC):
         Raises:
             UserError: what the user can change; names the site.
         """
+
+
+def blank(layer: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives a layer that was made on the ``meta`` device tensors in memory, and returns it.
+
+    Small tensors hold numbers that differ by ``seed``, so that no two are taken for one, single numbers are 1 or 0; large
+    ones are zeros that take no memory until somebody reads them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for path, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+        if not tensor.is_meta:
+            continue
+        made = torch.from_numpy(np.zeros(tensor.nbytes, np.uint8)).view(tensor.dtype).reshape(tensor.shape)
+        if not tensor.dim():
+            made = made + int(tensor.is_floating_point())
+        elif tensor.numel() <= _SMALL:
+            drawn = torch.rand(tensor.shape, generator=generator)
+            made = (drawn + 0.5 if tensor.is_floating_point() else drawn.round()).to(tensor.dtype)
+        holder, _, name = path.rpartition(".")
+        owner = layer.get_submodule(holder)
+        if name in owner._parameters:
+            owner._parameters[name] = nn.Parameter(made, requires_grad=False)
+        else:
+            owner._buffers[name] = made
+    return layer
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from compress.anatomy import Anatomy, Block, Site
 from compress.layers import Absent
 from compress.layers.conversion import matrix_shape, obstacle
 from compress.passes.contract import Context, Pass, Target
+from compress.surgery import Surgery
 
 __all__ = ["DropLayers"]
 
@@ -58,22 +59,35 @@ class DropLayers(Pass):
             targets.append(Target(site.path, ", ".join(site.roles), f"taken out with its {part}"))
         return targets
 
+    def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
+        gone = self._blocks(anatomy)
+        self._take_out(model, surgery, gone, self._projections(model, anatomy, gone))
+
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         gone = self._blocks(context.anatomy)
         projections = self._projections(model, context.anatomy, gone)
-        for _, site in projections:
-            outputs, _ = matrix_shape(model.get_submodule(site.path), site.kind)
-            context.surgery.replace(model, site.path, Absent(outputs))
-        for container in dict.fromkeys(block.container for block in gone):
-            assert container is not None
-            positions = [block.position for block in gone if block.container == container]
-            _shorten(model, context, container, positions)
+        self._take_out(model, context.surgery, gone, projections)
         context.report |= {
             "blocks": [block.path for block in gone],
             "projections": [site.path for _, site in projections],
             "skipped": {},
         }
         return model
+
+    def _take_out(
+        self,
+        model: nn.Module,
+        surgery: Surgery,
+        gone: list[Block],
+        projections: list[tuple[Literal["attention", "mlp"], Site]],
+    ) -> None:
+        for _, site in projections:
+            outputs, _ = matrix_shape(model.get_submodule(site.path), site.kind)
+            surgery.replace(model, site.path, Absent(outputs))
+        for container in dict.fromkeys(block.container for block in gone):
+            assert container is not None
+            positions = [block.position for block in gone if block.container == container]
+            _shorten(model, surgery, container, positions)
 
     def _blocks(self, anatomy: Anatomy) -> list[Block]:
         """The blocks to take out, each once.
@@ -134,18 +148,18 @@ class DropLayers(Pass):
         yield from sites
 
 
-def _shorten(model: nn.Module, context: Context, container: str, positions: list[int]) -> None:
+def _shorten(model: nn.Module, surgery: Surgery, container: str, positions: list[int]) -> None:
     """Takes the children at ``positions`` out of a list and puts right what counts them."""
     before = len(list(model.get_submodule(container).children()))
     kept = [position for position in range(before) if position not in positions]
-    context.surgery.keep(model, container, kept)
+    surgery.keep(model, container, kept)
     for new, old in enumerate(kept):
         for path, module in list(model.get_submodule(f"{container}.{new}").named_modules()):
             for name in _NUMBERS:
                 if vars(module).get(name) == old and new != old:
-                    context.surgery.set(model, ".".join(filter(None, (container, str(new), path))), name, new)
+                    surgery.set(model, ".".join(filter(None, (container, str(new), path))), name, new)
     for path, name, value in _counted(model, container, before, kept):
-        context.surgery.set(model, path, f"config.{name}", value)
+        surgery.set(model, path, f"config.{name}", value)
 
 
 def _counted(model: nn.Module, container: str, before: int, kept: list[int]) -> list[tuple[str, str, Any]]:

@@ -20,7 +20,8 @@ from compress.algorithms.smoothing import Smoothing, smoothing
 from compress.anatomy import Anatomy, Site
 from compress.layers import QuantConv2d, is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
-from compress.passes.contract import Context, Pass, Target
+from compress.passes.contract import Context, Pass, Target, blank
+from compress.surgery import Surgery
 from compress.tied import Ties
 
 __all__ = ["Quantize"]
@@ -121,6 +122,25 @@ class Quantize(Pass):
     def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
         with torch.device("meta"):
             return {job.site.path: self._layer(model, job) for job in self._plan(model, anatomy)[0]}
+
+    def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
+        jobs, _ = self._plan(model, anatomy)
+        ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
+        for job in jobs:
+            module = model.get_submodule(job.site.path)
+            with torch.device("meta"):
+                layer = self._layer(model, job)
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(module.get_parameter("bias").detach().float(), requires_grad=False)
+            surgery.replace(model, job.site.path, blank(layer, len(surgery.edits)))
+            ties.settle(model, surgery, job.site.path)
+
+    def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+        return self._plan(model, anatomy)[1]
+
+    @property
+    def calibrates(self) -> bool:
+        return self.activations == "static"
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         jobs, skipped = self._plan(model, context.anatomy)
@@ -235,7 +255,7 @@ class Quantize(Pass):
             context.calibration(),
             requests,
             batch_size=self.batch_size,
-            progress=lambda rows: context.progress(0, len(jobs), f"calibration row {rows}"),
+            progress=lambda rows: context.progress(rows, context.rows, "calibration rows"),
         )
         if captured.silent:
             raise UserError(
