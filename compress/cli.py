@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "apply", "inspect", "main", "passes", "recipes", "report", "schema", "validate"]
 
-EXIT_CODES = "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed."
+EXIT_CODES = (
+    "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed; "
+    "130 stopped by Ctrl-C, 143 by SIGTERM: the same command goes on from there."
+)
 
 app = typer.Typer(
     name="compress",
@@ -79,12 +85,16 @@ def apply(
     no_evaluation: Annotated[
         bool, typer.Option("--no-evaluation", help="Write and audit the files; run nothing on the evaluation rows.")
     ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again, removing what a run left in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the final table.")] = False,
 ) -> None:
     """Carry out a recipe: compress the model, write the files, run each one and judge it against float.
 
     The run folder holds the recipe, the compressed model, the files and report.json. A run that misses a line of the
     recipe's `accept` keeps its files, says which line and by how much, and exits with code 1.
+
+    A run that was stopped or killed goes on from there when the same command is given again, if recipe, weights, data and
+    program are the same; otherwise it starts again and says why.
 
     **Examples**
 
@@ -93,12 +103,12 @@ def apply(
         compress apply own-model.yaml --trust
 
     Exit codes: 0 met; 1 a line of accept was missed; 2 a mistake in the recipe or the data (file:line:column); 3 a
-    runtime is not installed.
+    runtime is not installed; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
     """
-    from compress import api
+    with _stoppable("stopped; the same command goes on from here"), _progress(quiet) as progress:
+        from compress import api
 
-    with _progress(quiet) as progress:
-        report = api.apply(recipe, out, trust=trust, evaluate=not no_evaluation, progress=progress)
+        report = api.apply(recipe, out, trust=trust, evaluate=not no_evaluation, fresh=fresh, progress=progress)
     _finish(report)
 
 
@@ -146,11 +156,12 @@ def validate(
 
         compress validate runs/quickstart
 
-    Exit codes: 0 met; 1 a line of accept was missed; 2 no such run, or its files changed; 3 a runtime is not installed.
+    Exit codes: 0 met; 1 a line of accept was missed; 2 no such run, or its files changed; 3 a runtime is not installed;
+    130 stopped by Ctrl-C; 143 stopped by SIGTERM.
     """
-    from compress import api
+    with _stoppable("stopped; the files are as they were"), _progress(quiet) as progress:
+        from compress import api
 
-    with _progress(quiet) as progress:
         report = api.validate(folder, trust=trust, progress=progress)
     _finish(report)
 
@@ -256,6 +267,28 @@ def recipes(
     for one in found:
         print(f"{one.name:{width}}  {one.title}")
     print(f"\nCopy one from {recipes_folder()} and change it, or run it by its name: compress apply NAME.")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _stoppable(line: str) -> Iterator[None]:
+    """Ends a command that is stopped from outside in one line, with the exit code that shells give."""
+
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not end in a traceback now
+        print(line, file=sys.stderr)
+        raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _console(*, stderr: bool = False) -> Console:
