@@ -34,12 +34,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Gain:
-    """What one file gained (``bold``) and at what cost (``rest``)."""
+    """What one file gained at what cost: a sentence in pieces, each (text, whether it is a gain and stands out)."""
 
     label: str
     mark: int
-    bold: str
-    rest: str
+    sentence: tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def marks(rows: list[Row]) -> dict[str, int]:
 
 def verdict(report: Report) -> Verdict:
     """Whether the contract of the recipe was met; by how much each missed line missed it."""
-    missed = tuple(f"{limit.line}: {limit.says}" if limit.says else limit.line for limit in report.limits if not limit.met)
+    missed = tuple(limit.says or f"{limit.artifact}: {limit.line}" for limit in report.limits if not limit.met)
     count = len(report.limits)
     if not count:
         return Verdict("unchecked", "No contract was checked", _unchecked(report))
@@ -104,66 +103,60 @@ def gains(report: Report) -> list[Gain]:
     for row in report.rows:
         if row.validated == "reference":
             continue
-        gained = [part for part in (_smaller(row), _faster(row)) if part]
-        cost = [part for part in (_lost(row), _agrees(row), _untimed(row)) if part]
-        bold = wording.listed(gained) or "Size and time were not compared"
-        found.append(Gain(row.label, numbers[row.label], bold, "; ".join(cost)))
+        pieces = [piece for piece in (_smaller(row), *_paces(row), _lost(row), _agrees(row), _untimed(row)) if any(piece)]
+        sentence: list[tuple[str, bool]] = []
+        for number, (bold, rest) in enumerate(pieces):
+            end = "." if number == len(pieces) - 1 else ", " if bold and pieces[number + 1][0] else "; "
+            sentence += [(bold, True), (rest + end, False)]
+        found.append(Gain(row.label, numbers[row.label], tuple(sentence)))
     return found
 
 
-def _smaller(row: Row) -> str:
+def _smaller(row: Row) -> tuple[str, str]:
     if row.size_bytes is None:
-        return ""
-    if row.size_ratio is None:
-        return wording.size(row.size_bytes)
-    before = wording.size(row.size_bytes / row.size_ratio) if row.size_ratio > 0 else "-"
-    return f"{wording.times(row.size_ratio, 'smaller', 'larger')} ({before} → {wording.size(row.size_bytes)})"
+        return "", ""
+    now = wording.size(row.size_bytes)
+    if not row.size_ratio:
+        return now, ""
+    return wording.times(row.size_ratio, "smaller", "larger"), f" ({wording.size(row.size_bytes / row.size_ratio)} → {now})"
 
 
-def _faster(row: Row) -> str:
+def _paces(row: Row) -> list[tuple[str, str]]:
     """The change of time at each batch size; where the interval holds 1 there is no change to speak of."""
-    timed = [latency for latency in row.latency if latency.ratio is not None]
-    if not timed:
-        return ""
-    words = [f"{_pace(latency)} at batch {latency.batch}" for latency in timed]
-    return wording.listed(words)
+    return [(_pace(latency), f" at batch {latency.batch}") for latency in row.latency if latency.ratio is not None]
 
 
 def _pace(latency: Latency) -> str:
     assert latency.ratio is not None
     low = latency.ratio_low if latency.ratio_low is not None else latency.ratio
     high = latency.ratio_high if latency.ratio_high is not None else latency.ratio
-    if low <= 1 <= high:
-        return "as fast as float"
-    return wording.times(latency.ratio, "faster", "slower")
+    return "as fast as float" if low <= 1 <= high else wording.times(latency.ratio, "faster", "slower")
 
 
-def _lost(row: Row) -> str:
-    if row.drop is None:
-        return ""
-    name = row.metric.name if row.metric else row.drop.name
-    now = f"{name} {wording.figure(row.metric.value)}, " if row.metric else f"{name} "
-    interval = f" {wording.interval(row.drop, '+')}" if wording.interval(row.drop) else ""
-    return f"{now}drop {wording.figure(row.drop.value, '+')}{interval}{_seen(row.drop)}"
+def _lost(row: Row) -> tuple[str, str]:
+    if row.drop is None or row.metric is None:
+        return "", ""
+    drop = f"drop {wording.figure(row.drop.value, '+')} {wording.interval(row.drop, '+')}".rstrip()
+    return "", f"{row.metric.name} {wording.figure(row.metric.value)}, {drop}{_seen(row.drop)}"
 
 
 def _seen(drop: Figure) -> str:
     """Whether the rows are enough to tell the drop from none."""
     if drop.low is None or drop.high is None:
         return ""
-    return ", not told apart from none" if drop.low <= 0 <= drop.high else ""
+    return ", which includes no loss" if drop.low <= 0 <= drop.high else ""
 
 
-def _agrees(row: Row) -> str:
+def _agrees(row: Row) -> tuple[str, str]:
     if row.agreement is None:
-        return "" if row.validated == "none" or row.sqnr_db is None else f"{row.sqnr_db:.1f} dB against float"
-    return f"{wording.share(row.agreement)} of predictions as float"
+        return "", "" if row.validated == "none" or row.sqnr_db is None else f"{row.sqnr_db:.1f} dB against float"
+    return "", f"{wording.share(row.agreement)} of predictions as float"
 
 
-def _untimed(row: Row) -> str:
+def _untimed(row: Row) -> tuple[str, str]:
     if row.validated == "none":
-        return f"not run: {row.note}" if row.note else "not run"
-    return "" if row.latency else f"time not measured ({row.validated})"
+        return "", f"not run: {row.note}" if row.note else "not run"
+    return "", "" if row.latency else "time not measured"
 
 
 def table(report: Report, rows: list[Row] | None = None, limits: list[Limit] | None = None) -> Table:
@@ -234,10 +227,18 @@ def _validated(row: Row) -> Cell:
     return Cell("validated", "validated", value, _below(below))
 
 
+def _over(row: Row, cell: Cell, limit: Limit) -> bool:
+    """Whether it is the batch size of this cell that is over the limit: the line of the contract is for the slowest."""
+    ratios = [latency.ratio for latency in row.latency if cell.heading.endswith(f" {latency.batch}") and latency.ratio]
+    return not isinstance(limit.limit, float) or any(ratio > limit.limit for ratio in ratios)
+
+
 def _marked(cell: Cell, row: Row, limits: list[Limit]) -> Cell:
     """The cell with the limit that it missed, if it did."""
     for limit in limits:
         if not limit.met and limit.artifact == row.label and _COLUMN.get(limit.line) == cell.kind:
+            if cell.kind == "time" and not _over(row, cell, limit):
+                continue
             least = limit.line in ("accept.agreement", "accept.sqnr_db")
             bound = f"{limit.limit:g}" if isinstance(limit.limit, float) else str(limit.limit)
             wanted = bound if cell.kind == "validated" else f"{'≥' if least else '≤'} {bound}"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from calibrate.errors import UserError
-from compress.page import outcome, plots, sizes, story, wording
+from compress.page import block_plot, outcome, sizes, story, trade_off, wording
 from compress.page.folder import Found, read
 
 __all__ = ["render", "write"]
@@ -46,21 +45,22 @@ def render(found: Found) -> str:
     from markupsafe import Markup
 
     loader = FileSystemLoader(_TEMPLATES)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    environment.filters |= {"size": wording.size, "seconds": wording.seconds, "plain": wording.plain, "link": story.link}
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"size": wording.size, "memory": wording.memory, "seconds": wording.seconds}
+    environment.filters |= {"plain": wording.plain, "link": story.link}
     figures = _figures(found)
-    scripts = [_plotly(), (_TEMPLATES / "page.js").read_text("utf-8")] if figures["all"] else []
+    scripts = [_plotly(), (_TEMPLATES / "page.js").read_text("utf-8")] if figures["drawn"] else []
     return environment.get_template("page.html").render(
         report=found.report,
         manifest=found.manifest,
         validation=_validation(found),
         beside=found.beside,
+        about=story.about(found.report),
+        measured_on=story.measured_on(found.report),
         verdict=outcome.verdict(found.report),
         gains=outcome.gains(found.report),
         table=outcome.table(found.report),
-        untimed=plots.untimed(found.report),
+        untimed=trade_off.untimed(found.report),
         roles=sizes.roles(found.report),
         files=sizes.files(found.report),
         legend=sizes.legend(found.report),
@@ -71,27 +71,28 @@ def render(found: Found) -> str:
         marks=outcome.marks(found.report.rows),
         style=Markup((_TEMPLATES / "style.css").read_text("utf-8")),
         scripts=[Markup(script) for script in scripts],
-        blocks_by_need=plots.by_need(found.report.blocks),
+        blocks_by_need=block_plot.by_need(found.report.blocks),
         policy=_policy(scripts),
         **figures,
     )
 
 
 def _figures(found: Found) -> dict[str, Any]:
-    """The plots by place, all of them in one list, and their data as JSON that no text in it can leave."""
-    trade_off = plots.trade_off(found.report)
-    quality = None if trade_off else plots.quality(found.report)
-    blocks = plots.blocks(found.report)
-    every = [*trade_off, *([quality] if quality else []), *([blocks] if blocks else [])]
-    data = {plot.name: {"data": plot.data, "layout": plot.layout} for plot in every}
-    return {"trade_off": trade_off, "quality": quality, "blocks": blocks, "all": data}
+    """The plots by place, and their data in one piece for the page's program."""
+    name, against_time = trade_off.trade_off(found.report)
+    quality = None if against_time else trade_off.quality(found.report)
+    blocks = block_plot.blocks(found.report)
+    every = [*against_time, *(plot for plot in (quality, blocks) if plot)]
+    drawn = {plot.name: {"data": plot.data, "layout": plot.layout} for plot in every}
+    return {"quality_name": name, "trade_off": against_time, "quality": quality, "blocks": blocks, "drawn": drawn}
 
 
 def _validation(found: Found) -> dict[str, Any] | None:
     if found.validation is None:
         return None
     return {
-        "report": found.validation,
+        "rows": found.validation.data.get("validated_on", ""),
+        "machine": story.measured_on(found.validation),
         "verdict": outcome.verdict(found.validation),
         "table": outcome.table(found.validation),
         "judged": story.judged(found.validation),
@@ -101,7 +102,7 @@ def _validation(found: Found) -> dict[str, Any] | None:
 @cache
 def _plotly() -> str:
     """plotly.js, minified, as the Python package carries it: its one bundle, 4.8 MB."""
-    from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     program: str = get_plotlyjs()
     assert "</script" not in program.lower()
@@ -112,4 +113,5 @@ def _plotly() -> str:
 def _policy(scripts: list[str]) -> str:
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{one}'" for one in hashes) or "'none'"
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {allowed}; {rest}"

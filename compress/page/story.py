@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -14,7 +15,7 @@ from compress.page.folder import Found
 from compress.page.outcome import marks
 from compress.report import Check, Report, Row, StepRecord, Worth
 
-__all__ = ["Judged", "Sites", "StepShown", "again", "judged", "link", "parts", "steps"]
+__all__ = ["HOW", "Brought", "Judged", "Sites", "StepShown", "about", "again", "judged", "link", "measured_on", "parts", "steps"]
 
 _KNOWN = ("sites", "skipped", "ties")
 _WORST = ("output_sqnr_db", "sqnr_db", "weight_sqnr_db")
@@ -40,6 +41,14 @@ class Sites:
 
 
 @dataclass(frozen=True)
+class Brought:
+    """What a pass brought: the names of the figures and, for each file, its mark and (value, interval) of each."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, int, tuple[tuple[str, str], ...]], ...]
+
+
+@dataclass(frozen=True)
 class StepShown:
     """One pass as the page shows it."""
 
@@ -50,7 +59,7 @@ class StepShown:
     asked: tuple[tuple[str, str], ...]
     unset: tuple[str, ...]
     facts: tuple[tuple[str, str, str], ...]
-    worth: tuple[tuple[str, int, tuple[tuple[str, str, str], ...]], ...]
+    worth: Brought | None
     sites: Sites | None
     skipped: tuple[tuple[str, str], ...]
     ties: tuple[str, ...]
@@ -77,6 +86,23 @@ class Judged:
     details: str
 
 
+def about(report: Report) -> list[str]:
+    """The model, its task and size, the rows and the machine, as far as the report tells."""
+    model, evaluation = report.model, report.data.get("evaluation")
+    found = [str(model[name]) for name in ("name", "task") if model.get(name)]
+    if isinstance(stored := model.get("float_bytes"), int):
+        found.append(f"{wording.size(stored)} in float")
+    if isinstance(evaluation, dict):
+        found.append(f"{wording.plain(evaluation.get('rows'))} rows of {evaluation.get('path')}")
+    return [*found, *([measured_on(report)] if measured_on(report) else [])]
+
+
+def measured_on(report: Report) -> str:
+    """The processor and its threads; empty where the report does not tell."""
+    processor, threads = report.machine.get("processor"), report.machine.get("threads")
+    return f"{processor}, {threads} thread{'s'[: threads != 1]}" if processor else ""
+
+
 def steps(report: Report) -> list[StepShown]:
     """Every pass in its order."""
     numbers = marks(report.rows)
@@ -95,7 +121,7 @@ def _step(number: int, step: StepRecord, numbers: dict[str, int]) -> StepShown:
         asked=asked,
         unset=tuple(name for name, value in step.options.items() if value in (None, [], {})),
         facts=_facts(step),
-        worth=tuple((worth.label, numbers.get(worth.label, 0), _worth(worth)) for worth in step.worth),
+        worth=_brought(step.worth, numbers) if step.worth else None,
         sites=_sites(sites) if isinstance(sites, dict) and sites else None,
         skipped=tuple((str(path), str(why)) for path, why in skipped.items()) if isinstance(skipped, dict) else (),
         ties=tuple(map(str, ties)) if isinstance(ties, list) else (),
@@ -111,31 +137,39 @@ def _facts(step: StepRecord) -> tuple[tuple[str, str, str], ...]:
         ("tensors changed", f"{step.changed:,}", ""),
     ]
     sites = step.report.get("sites")
-    if isinstance(sites, dict):
-        facts.append(("sites", f"{len(sites):,}", ""))
+    if changed := len(sites) if isinstance(sites, dict) else step.sites:
+        facts.append(("sites", f"{changed:,}", ""))
     if isinstance(rows := step.report.get("calibration_rows"), int) and rows:
         facts.append(("calibration rows", f"{rows:,}", ""))
     facts.append(("time", wording.seconds(step.seconds), ""))
     return tuple(facts)
 
 
-def _worth(worth: Worth) -> tuple[tuple[str, str, str], ...]:
-    """(name, value, interval) of what a pass brought to one file."""
-    found = []
+def _brought(worth: list[Worth], numbers: dict[str, int]) -> Brought:
+    figures = [(one.label, _worth(one)) for one in worth]
+    columns = tuple(dict.fromkeys(name for _, found in figures for name in found))
+    empty = ("–", "")
+    rows = ((label, numbers.get(label, 0), tuple(found.get(name, empty) for name in columns)) for label, found in figures)
+    return Brought(columns, tuple(rows))
+
+
+def _worth(worth: Worth) -> dict[str, tuple[str, str]]:
+    """(value, interval) of what a pass brought to one file, by name."""
+    found = {}
     if worth.drop is not None:
-        found.append((worth.drop.name, wording.figure(worth.drop.value, "+"), wording.interval(worth.drop, "+")))
+        found[worth.drop.name] = (wording.figure(worth.drop.value, "+"), wording.interval(worth.drop, "+"))
     if worth.agreement is not None:
-        found.append(("agreement", wording.share(worth.agreement), ""))
-    if worth.sqnr_db is not None:
-        found.append(("SQNR", f"{worth.sqnr_db:.1f} dB", ""))
+        found["agreement"] = (wording.share(worth.agreement), "")
+    if worth.sqnr_db is not None or worth.compared:
+        found["SQNR, dB"] = ("equal" if worth.sqnr_db is None else f"{worth.sqnr_db:.1f}", "")
     if worth.size_ratio is not None:
         stored = f"({wording.size(worth.size_bytes)})" if worth.size_bytes is not None else ""
-        found.append(("size", wording.ratio(worth.size_ratio), stored))
+        found["size"] = (wording.ratio(worth.size_ratio), stored)
     if worth.latency_ratio is not None:
         known = worth.latency_low is not None and worth.latency_high is not None
         interval = f"[{worth.latency_low:.2f}, {worth.latency_high:.2f}]" if known else ""
-        found.append(("time", wording.ratio(worth.latency_ratio), interval))
-    return tuple(found)
+        found["time"] = (wording.ratio(worth.latency_ratio), interval)
+    return found
 
 
 def _sites(sites: dict[str, Any]) -> Sites:
@@ -144,11 +178,15 @@ def _sites(sites: dict[str, Any]) -> Sites:
     by = next((name for name in (*_WORST, *columns) if name in columns and name.endswith("_db")), "")
     order = list(flat)
     if by:
-        order.sort(key=lambda path: flat[path].get(by) if isinstance(flat[path].get(by), int | float) else float("inf"))
+        order.sort(key=lambda path: _number(flat[path].get(by)))
         columns.remove(by)
         columns.insert(0, by)
     rows = tuple((path, tuple(wording.plain(flat[path].get(name)) for name in columns)) for path in order)
     return Sites(tuple(columns), rows, by)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.inf
 
 
 def _flat(told: Any, before: str = "") -> dict[str, Any]:
@@ -224,8 +262,7 @@ def again(found: Found) -> str:
         (f"compress validate .{trust}", "judge these files again, here or on another machine"),
         ("compress report .", "this page and the table again"),
     ]
-    width = max(len(command) for command, _ in lines)
-    return "\n".join(f"{command:{width}}   # {what}" for command, what in lines)
+    return "\n\n".join(f"# {what}\n{command}" for command, what in lines)
 
 
 def link(path: str) -> str:

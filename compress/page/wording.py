@@ -12,6 +12,7 @@ __all__ = [
     "figure",
     "interval",
     "listed",
+    "memory",
     "plain",
     "ratio",
     "ratio_interval",
@@ -59,8 +60,15 @@ def ratio_interval(latency: Latency) -> str:
 
 
 def size(stored: float) -> str:
-    """Bytes as MB (10**6), below 0.1 MB as kB."""
-    return f"{stored / 1e6:.2f} MB" if stored >= 1e5 else f"{stored / 1e3:.1f} kB"
+    """Bytes as MB (10**6), below 0.1 MB as kB, below 1 kB as they are."""
+    if stored >= 1e5:
+        return f"{stored / 1e6:.2f} MB"
+    return f"{stored / 1e3:.1f} kB" if stored >= 1000 else f"{stored:.0f} B"
+
+
+def memory(stored: float) -> str:
+    """Bytes as GB (10**9), below one GB as MB."""
+    return f"{stored / 1e9:.2f} GB" if stored >= 1e9 else f"{stored / 1e6:.0f} MB"
 
 
 def seconds(value: float) -> str:
