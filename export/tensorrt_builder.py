@@ -6,14 +6,17 @@ fraction of a second. The job is a JSON file; the answer is written to the path 
 
 * job: ``library`` (``tensorrt`` or ``tensorrt_rtx``), ``onnx``, ``engine``, ``answer`` (paths), ``profile`` (input
   name -> [minimum, optimum, maximum] shapes; empty for fixed shapes), ``compute_capabilities`` (``"8.6"`` ...),
-  ``optimization_level`` (or null).
+  ``optimization_level`` (or null), ``parent`` (process id of who waits; when that is killed, so is this).
 * answer: ``{"ok": true, "version", "seconds", "bytes", "warnings"}`` or ``{"ok": false, "stage", "node", "errors"}``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
+import os
+import signal
 import sys
 import time
 from typing import Any
@@ -100,9 +103,18 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
+def _end_with(parent: int) -> None:
+    """Asks the kernel (Linux) to end this process with the one that waits for it, even if that is killed."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+        if os.getppid() != parent:  # it was killed before that call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(path: str) -> int:
     with open(path, encoding="utf-8") as file:
         job = json.load(file)
+    _end_with(job["parent"])
     try:
         answer = build(job)
     except Exception as error:

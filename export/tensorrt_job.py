@@ -127,6 +127,7 @@ def build_engine(
         "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.items()},
         "compute_capabilities": list(compute_capabilities),
         "optimization_level": optimization_level,
+        "parent": os.getpid(),
     }
     job_path.write_text(json.dumps(job))
     script = Path(__file__).with_name("tensorrt_builder.py")
