@@ -33,6 +33,7 @@ MOST_BYTES = 64_000_000
 """Most that is kept of the float model; of a large model fewer rows are kept, but always one."""
 
 _PIECE = 4
+_KEY = "blocks"
 _LOWEST_DB = -999.0
 
 Call = Callable[[nn.Module, Batch], Any]
@@ -61,10 +62,10 @@ def keep_outputs(model: nn.Module, call: Call, paths: Sequence[str], batches: It
                 for turn, output in enumerate(outputs):
                     tensors[f"{number}.{index}.{turn}"] = output
     places = Whereabouts.of(model, paths).places
-    told = {"rows": str(rows), "blocks": json.dumps([[block, list(places[block])] for block in paths])}
+    told = {"rows": rows, "blocks": [[block, list(places[block])] for block in paths]}
     unfinished = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, unfinished, metadata=told)
+    save_file(tensors, unfinished, metadata={_KEY: json.dumps(told)})
     os.replace(unfinished, path)
     return path
 
@@ -81,8 +82,8 @@ def compare(model: nn.Module, call: Call, edits: Sequence[Edit], batches: Iterab
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        told = file.metadata()
-        blocks: list[tuple[str, list[int]]] = json.loads(told["blocks"])
+        told = json.loads(file.metadata()[_KEY])
+        blocks: list[tuple[str, list[int]]] = told["blocks"]
         rows, names = int(told["rows"]), set(file.keys())
 
         def kept(number: int, index: int) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -12,9 +13,36 @@ from compress.report import RoleBytes
 from compress.surgery import Edit
 from compress.whereabouts import Whereabouts
 
-__all__ = ["bytes_by_role", "holders_after", "holders_of", "role_bytes"]
+__all__ = ["Roles", "bytes_by_role", "holders_of"]
 
 _OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The layers of the float model with their roles, where they are, and the bytes of each role.
+
+    Attributes:
+        holders: paths of the layers -> their roles in one string.
+        before: bytes by role.
+    """
+
+    holders: Mapping[str, str]
+    whereabouts: Whereabouts
+    before: Mapping[str, int]
+
+    @classmethod
+    def of(cls, model: nn.Module, anatomy: Anatomy) -> Roles:
+        """Those of a model that no pass has changed."""
+        holders = holders_of(anatomy)
+        return cls(holders, Whereabouts.of(model, holders), bytes_by_role(model, holders))
+
+    def after(self, model: nn.Module, edits: Sequence[Edit]) -> list[RoleBytes]:
+        """Bytes by role before and after the edits that made this model, the largest first and what has no role last."""
+        places = {path: self.whereabouts.after(path, edits) for path in self.holders}
+        now = bytes_by_role(model, {place: self.holders[path] for path, place in places.items() if place is not None})
+        roles = sorted(self.before.keys() | now.keys(), key=lambda role: (role == _OTHER, -self.before.get(role, 0), role))
+        return [RoleBytes(role=role, before=self.before.get(role, 0), after=now.get(role, 0)) for role in roles]
 
 
 def holders_of(anatomy: Anatomy) -> dict[str, str]:
@@ -22,12 +50,6 @@ def holders_of(anatomy: Anatomy) -> dict[str, str]:
     that own what they hold come before those that are tied to them."""
     ordered = sorted(anatomy.sites, key=lambda site: site.tied is not None)
     return {site.path: ", ".join(site.roles) or _OTHER for site in ordered}
-
-
-def holders_after(holders: Mapping[str, str], whereabouts: Whereabouts, edits: Sequence[Edit]) -> dict[str, str]:
-    """The same layers where they are after the edits, without those that are gone."""
-    now = {path: whereabouts.after(path, edits) for path in holders}
-    return {place: holders[path] for path, place in now.items() if place is not None}
 
 
 def bytes_by_role(model: nn.Module, holders: Mapping[str, str]) -> dict[str, int]:
@@ -45,12 +67,6 @@ def bytes_by_role(model: nn.Module, holders: Mapping[str, str]) -> dict[str, int
         role = first[id(tensors[name])][1]
         totals[role] = totals.get(role, 0) + entry.bytes
     return totals
-
-
-def role_bytes(before: Mapping[str, int], after: Mapping[str, int]) -> list[RoleBytes]:
-    """Both of them, role by role, the largest first and what has no role last."""
-    roles = sorted(before.keys() | after.keys(), key=lambda role: (role == _OTHER, -before.get(role, 0), role))
-    return [RoleBytes(role=role, before=before.get(role, 0), after=after.get(role, 0)) for role in roles]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,9 +14,8 @@ from compress.anatomy import find
 from compress.passes import Context
 from compress.passes.drop_layers import DropLayers
 from compress.passes.quantize import Quantize
-from compress.role_bytes import bytes_by_role, holders_after, holders_of, role_bytes
+from compress.role_bytes import Roles, bytes_by_role, holders_of
 from compress.surgery import Surgery
-from compress.whereabouts import Whereabouts
 
 
 def built(family: str) -> tuple[nn.Module, Signature, Batch]:
@@ -44,19 +43,17 @@ FAMILIES = ["bert", "bert_mlm", "gpt2", "albert", "llama", "timm_vit", "timm_swi
 def test_the_roles_add_up_to_the_inventory_before_and_after(family: str) -> None:
     model, signature, rows = built(family)
     anatomy = find(model, signature, rows)
-    holders = holders_of(anatomy)
-    where = Whereabouts.of(model, holders)
-    before = bytes_by_role(model, holders)
-    assert sum(before.values()) == stored(model)
+    roles, total = Roles.of(model, anatomy), stored(model)
+    before = roles.before
+    assert sum(before.values()) == total
     assert before.get("other", 0) < 0.5 * stored(model)
     surgery = Surgery()
     context = Context(signature, anatomy, lambda: iter([rows]), surgery)
     model = Quantize(weights=8, activations="none").run(model, context)
-    after = bytes_by_role(model, holders_after(holders, where, surgery.edits))
-    assert sum(after.values()) == stored(model) < sum(before.values())
-    told = role_bytes(before, after)
-    assert (sum(one.before for one in told), sum(one.after for one in told)) == (sum(before.values()), stored(model))
-    assert {one.role for one in told} == before.keys() | after.keys()
+    told = roles.after(model, surgery.edits)
+    assert (sum(one.before for one in told), sum(one.after for one in told)) == (total, stored(model))
+    assert stored(model) < total
+    assert {one.role: one.before for one in told if one.before} == before
     for one in told:
         if one.role.startswith("mlp"):
             assert 0.2 * one.before < one.after < 0.6 * one.before, "its matrices were quantized, whatever they are called now"
@@ -87,16 +84,15 @@ def test_a_tied_head_counts_with_its_table() -> None:
 def test_a_dropped_block_takes_its_bytes_with_it_and_the_others_keep_their_roles() -> None:
     model, signature, rows = built("bert")
     anatomy = find(model, signature, rows)
-    holders = holders_of(anatomy)
-    where, before = Whereabouts.of(model, holders), bytes_by_role(model, holders)
+    roles = Roles.of(model, anatomy)
     with torch.no_grad():  # the blocks are told apart by their size
         first: Any = model.get_submodule("bert.encoder.layer.0.output.dense")
         first.bias = nn.Parameter(torch.zeros(32, dtype=torch.float64))
     surgery = Surgery()
     model = DropLayers(blocks=[0]).run(model, Context(signature, anatomy, lambda: iter([rows]), surgery))
-    after = bytes_by_role(model, holders_after(holders, where, surgery.edits))
+    after = {one.role: one.after for one in roles.after(model, surgery.edits)}
     assert sum(after.values()) == stored(model)
-    for role, held in before.items():
+    for role, held in roles.before.items():
         inside = role.startswith(("attention", "mlp"))
         assert after[role] == (held // 2 if inside else after["norm"] if role == "norm" else held), role
-    assert after["norm"] < before["norm"]
+    assert after["norm"] < roles.before["norm"]
