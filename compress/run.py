@@ -21,16 +21,20 @@ from calibrate.inventory import difference, inventory
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.anatomy import Anatomy, find
+from compress.blocks import compare, keep_outputs
 from compress.checkpoints import Checkpoints, Subject
 from compress.checks import check, check_exporters, placed
 from compress.datasets import Data, load_data
+from compress.each_pass import EachPass, linked, with_final_paths
 from compress.identity import identity
+from compress.inspection import size
 from compress.journal import Journal
 from compress.judgement import Judge, Promise, unjudged, verdict, with_float_times
 from compress.passes.contract import Context, Pass, evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
-from compress.report import Report, Row, StepRecord
+from compress.report import BlockFidelity, Report, Row, StepRecord
+from compress.role_bytes import Roles
 from compress.run_folder import locked, own, prepare, writable
 from compress.saved import save, signature_json
 from compress.sources import Source
@@ -52,6 +56,9 @@ class Run:
         judge: None where nothing is evaluated.
         journal: what is finished already, and what the parts keep for one another.
         checkpoints: the model after each pass.
+        each_pass: the files after each pass; None where they are written at the end only.
+        blocks: module paths of the float model's blocks.
+        roles: which of its layers holds what.
     """
 
     recipe: Recipe
@@ -64,6 +71,9 @@ class Run:
     progress: Progress
     clock: Clock
     float_bytes: int
+    each_pass: EachPass | None
+    blocks: list[str]
+    roles: Roles
 
     def traceable(self, model: nn.Module) -> Traceable:
         """The model, ready to be written."""
@@ -76,6 +86,16 @@ class Run:
     def anatomy(self, model: nn.Module) -> Anatomy:
         """The parts of the model as it is now."""
         return _anatomy(self.recipe, self.source, model, self.data)
+
+    def fidelity(self, subject: Subject) -> list[BlockFidelity]:
+        """How much of each block's output is kept as the model is now."""
+        edits, rows = subject.surgery.edits, self.data.calibration.batches(self.data.batch_size)
+        return compare(subject.model, self.source.signature.call, edits, rows, self.float_blocks)
+
+    @property
+    def float_blocks(self) -> Path:
+        """Where the outputs of the float model's blocks are kept."""
+        return self.journal.folder / "blocks.safetensors"
 
 
 def apply(
@@ -109,9 +129,9 @@ def apply(
         run = _begun(recipe, out, trust, evaluate, fresh, progress or Progress())
         rows = float_side(run)
         subject, steps = passes(run)
-        compressed = saved(run, subject)
-        artifacts, made = files(run, subject.model)
-        told = _report(run, [*rows, *made], compressed, steps)
+        compressed = saved(run, subject, stands(steps))
+        artifacts, made = files(run, subject.model, steps)
+        told = _report(run, [*rows, *made], compressed, steps, subject)
         report.write(told, out)
         manifest.write(out, recipe, run.source, run.data, artifacts)
         _companions(run, told)
@@ -128,30 +148,45 @@ def _begun(recipe: Recipe, out: Path, trust: bool, evaluate: bool, fresh: bool, 
         source = model_of(recipe, trust)
         data = load_data(recipe, source, evaluation=evaluate)
     with clock("anatomy"), progress.step("find the parts of the model"):
-        check(recipe, source.model, _anatomy(recipe, source, source.model, data))
+        anatomy = _anatomy(recipe, source, source.model, data)
+        check(recipe, source.model, anatomy)
         check_exporters(recipe, Traceable(source.model, source.signature, data.example, source.name))
     journal = Journal(out, recipe.seed, progress)
     if not journal.begin(recipe.name, identity(recipe, source, data, out, evaluate=evaluate), fresh=fresh):
         prepare(out, recipe)
         journal.start()
     loaded = [source.model]
+    judge = None if data.evaluation is None else _judge(recipe, source, data, out, journal, progress)
     return Run(
         recipe=recipe,
         out=out,
         source=source,
         data=data,
-        judge=None if data.evaluation is None else _judge(recipe, source, data, out, journal, progress),
+        judge=judge,
         journal=journal,
         checkpoints=Checkpoints(journal.folder, source, lambda: loaded.pop() if loaded else model_of(recipe, trust).model),
         progress=progress,
         clock=clock,
         float_bytes=sum(entry.bytes for entry in inventory(source.model).values()),
+        each_pass=EachPass(recipe, judge, journal.folder) if judge and recipe.measure.when == "each_pass" else None,
+        blocks=[block.path for block in anatomy.blocks],
+        roles=Roles.of(source.model, anatomy),
     )
 
 
 def float_side(run: Run) -> list[Row]:
-    """Runs the float model on the evaluation rows and writes the float files, to compare with; nothing without a judge."""
+    """Runs the float model on the evaluation rows and writes the float files, to compare with; without a judge it only keeps
+    what the blocks give."""
     judge, model = run.judge, run.source.model
+    run.journal.part(
+        "float blocks",
+        type(None),
+        lambda: keep_outputs(
+            model, run.source.signature.call, run.blocks, run.data.calibration.batches(run.data.batch_size), run.float_blocks
+        ),
+        makes=[run.float_blocks],
+        says="float model: outputs of its blocks",
+    )
     if judge is None:
         return []
     with evaluating(model):
@@ -173,47 +208,106 @@ def float_side(run: Run) -> list[Row]:
 
 
 def passes(run: Run) -> tuple[Subject, list[StepRecord]]:
-    """Carries out the passes in order, from the last checkpoint that an interrupted run left."""
+    """Carries out the passes in order, from the last checkpoint that an interrupted run left. With ``measure: each_pass`` the
+    files after each one are judged, and with ``undo: unpaid`` a pass that did not pay is taken back."""
     steps: list[StepRecord] = []
-    done = _done(run)
-    subject = run.checkpoints.restore(done)
+    done, ready = _done(run)
+    subject = run.checkpoints.restore(ready)
     for number, step in enumerate(run.recipe.passes, 1):
-        part = _part(number, step)
         if number <= done:
-            steps.append(run.journal.taken_over(part, StepRecord))
+            steps.append(_taken_over(run, number, step))
             continue
-        run.checkpoints.forget(but=number - 1)
-        steps.append(
-            run.journal.part(
-                part,
-                StepRecord,
-                functools.partial(_carried_out, run, subject, number, step),
-                makes=[run.checkpoints.path(number)],
-                says=f"pass {number} of {len(run.recipe.passes)}: {step.name}",
-            )
+        before = stands(steps)
+        if number != ready:
+            run.checkpoints.forget(but=before)
+            if run.each_pass is not None:
+                run.each_pass.forget(but=before)
+        record = run.journal.part(
+            _part(number, step),
+            StepRecord,
+            functools.partial(_carried_out, run, subject, number, step),
+            makes=[run.checkpoints.path(number)],
+            says=f"pass {number} of {len(run.recipe.passes)}: {step.name}",
         )
+        steps.append(record if run.each_pass is None else _weighed(run, run.each_pass, subject, record, number, before))
+        if steps[-1].undone:
+            subject = run.checkpoints.restore(before)
         gc.collect()
+    run.checkpoints.forget(but=len(steps))
     return subject, steps
 
 
-def _done(run: Run) -> int:
-    """How many passes need not be carried out again: up to the last one whose checkpoint is whole."""
-    parts = [_part(number, step) for number, step in enumerate(run.recipe.passes, 1)]
-    for count in range(len(parts), 0, -1):
-        if all(map(run.journal.recorded, parts[:count])) and run.journal.finished(parts[count - 1]):
-            return count
-    return 0
+def stands(steps: list[StepRecord]) -> int:
+    """Number of the last pass that was not taken back; 0: the model is the float model."""
+    return max((number for number, step in enumerate(steps, 1) if not step.undone), default=0)
+
+
+def _done(run: Run) -> tuple[int, int]:
+    """How many passes need not be carried out again, up to the last one after which everything is whole; and the pass whose
+    checkpoint is the model to go on from: the last that stands, or one that is only not judged yet."""
+    numbered = list(enumerate(run.recipe.passes, 1))
+    done = before = 0
+    for count in range(len(numbered), 0, -1):
+        records = [run.journal.recalled(_last_part(run, number, step), StepRecord) for number, step in numbered[:count]]
+        whole = [record for record in records if record is not None]
+        before = stands(whole)
+        if len(whole) == count and (before == 0 or _whole(run, before)):
+            done = count
+            break
+    else:
+        before = 0
+    following = run.recipe.passes[done : done + 1]
+    return done, next((done + 1 for step in following if run.journal.finished(_part(done + 1, step))), before)
+
+
+def _whole(run: Run, number: int) -> bool:
+    """Whether the checkpoint of a pass, and the files that were judged after it, are those that were recorded."""
+    step = run.recipe.passes[number - 1]
+    return run.journal.finished(_part(number, step)) and run.journal.finished(_last_part(run, number, step))
+
+
+def _taken_over(run: Run, number: int, step: Pass) -> StepRecord:
+    for part in dict.fromkeys((_part(number, step), _last_part(run, number, step))):
+        record = run.journal.taken_over(part, StepRecord)
+    return record
+
+
+def _weighed(run: Run, each_pass: EachPass, subject: Subject, record: StepRecord, number: int, before: int) -> StepRecord:
+    """The record of a pass with what its files are worth; the files lie in a folder of their own until the run ends."""
+    checkpoint, judge = run.checkpoints.path(number), each_pass.judge
+
+    def weigh() -> StepRecord:
+        def compressed() -> Row:
+            with evaluating(subject.model):
+                return judge.compressed(run.call(subject.model), manifest.size_bytes(checkpoint / "model.safetensors"))
+
+        return each_pass.weighed(record, number, before, run.traceable(subject.model), compressed)
+
+    return run.journal.part(
+        _last_part(run, number, run.recipe.passes[number - 1]),
+        StepRecord,
+        weigh,
+        makes=[each_pass.path(number)],
+        reads=[checkpoint],
+        says=f"pass {number} of {len(run.recipe.passes)}: {record.name}: what it is worth",
+    )
 
 
 def _part(number: int, step: Pass) -> str:
     return f"pass {number} {step.name}"
 
 
+def _last_part(run: Run, number: int, step: Pass) -> str:
+    """The part after which nothing more is to be found out about a pass."""
+    return _part(number, step) if run.each_pass is None else f"worth of {_part(number, step)}"
+
+
 def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRecord:
     """Runs one pass and keeps the model as it is then."""
+    anatomy = run.anatomy(subject.model)
     context = Context(
         signature=run.source.signature,
-        anatomy=run.anatomy(subject.model),
+        anatomy=anatomy,
         calibration=run.data.calibration_batches,
         surgery=subject.surgery,
         seed=run.recipe.seed,
@@ -224,16 +318,16 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRec
         subject.model = step.run(subject.model, context)
     after, seconds = inventory(subject.model), time.perf_counter() - started
     run.checkpoints.keep(subject, number)
-    return _record(step, before, after, context.report, seconds)
+    return _record(step, anatomy, before, after, context.report, seconds, run.fidelity(subject))
 
 
-def saved(run: Run, subject: Subject) -> Row | None:
-    """Puts the compressed model into the folder, and runs it on the evaluation rows."""
+def saved(run: Run, subject: Subject, number: int) -> Row | None:
+    """Puts the compressed model, as it is after pass ``number``, into the folder, and runs it on the evaluation rows."""
     path = run.out / "model.safetensors"
-    last = run.checkpoints.path(len(run.recipe.passes)) / path.name
+    last = run.checkpoints.path(number) / path.name
     with run.clock("save"), run.progress.step("save the compressed model"):
         if last.is_file():
-            _same_file(last, path)
+            linked(last, path)
         else:
             save(subject.model, subject.surgery.edits, run.source.rebuild, run.source.signature, run.out)
         run.source.save_files(run.out / "source")
@@ -253,8 +347,12 @@ def saved(run: Run, subject: Subject) -> Row | None:
     return found
 
 
-def files(run: Run, model: nn.Module) -> tuple[dict[str, Artifact], list[Row]]:
-    """Writes the compressed model in every format of the recipe, and judges each file."""
+def files(run: Run, model: nn.Module, steps: list[StepRecord]) -> tuple[dict[str, Artifact], list[Row]]:
+    """Writes the compressed model in every format of the recipe, and judges each file; where that was done after the last pass
+    that stands, those are the files and the rows."""
+    number = stands(steps)
+    if run.each_pass is not None and number:
+        return _placed_files(run, run.each_pass.path(number)), with_final_paths(steps, number, run.recipe)[number - 1].rows
     traceable, artifacts, rows = run.traceable(model), {}, []
     promise = functools.cache(lambda: Promise.of(traceable))
     for number, exporter in enumerate(run.recipe.export):
@@ -269,6 +367,17 @@ def files(run: Run, model: nn.Module) -> tuple[dict[str, Artifact], list[Row]]:
             says=f"{exporter.format}: open, run, judge",
         )
     return artifacts, rows
+
+
+def _placed_files(run: Run, folder: Path) -> dict[str, Artifact]:
+    """The files of a pass, put where the files of the run belong."""
+    artifacts = {}
+    for exporter in run.recipe.export:
+        path = run.out / exporter.filename
+        place = functools.partial(linked, (folder / exporter.filename).parent, path.parent)
+        run.journal.part(f"write {exporter.format}", type(None), place, makes=[path.parent])
+        artifacts[exporter.format] = Artifact(exporter.format, path, manifest.size_bytes(path))
+    return artifacts
 
 
 def _judged(run: Run, exporter: Exporter, artifact: Artifact, promise: Callable[[], Promise]) -> list[Row]:
@@ -291,10 +400,12 @@ def _written(run: Run, number: int, exporter: Exporter, source: Traceable, path:
     return Artifact(exporter.format, path, told["size_bytes"], told["details"])
 
 
-def _report(run: Run, rows: list[Row], compressed: Row | None, steps: list[StepRecord]) -> Report:
+def _report(run: Run, rows: list[Row], compressed: Row | None, steps: list[StepRecord], subject: Subject) -> Report:
     rows = with_float_times(rows)
     limits = verdict(rows, run.recipe.accept) if run.judge else []
     met = all(limit.met for limit in limits)
+    number = stands(steps)
+    unmeasured = ["measure: each_pass measured nothing, because evaluation was switched off"]
     return Report(
         name=run.recipe.name,
         met=met,
@@ -302,8 +413,14 @@ def _report(run: Run, rows: list[Row], compressed: Row | None, steps: list[StepR
         limits=limits,
         rows=rows,
         compressed=compressed,
-        steps=steps,
-        warnings=[*run.data.warnings, *run.journal.warnings],
+        steps=with_final_paths(steps, number, run.recipe),
+        blocks=steps[number - 1].blocks if number else run.fidelity(subject),
+        roles=run.roles.after(subject.model, subject.surgery.edits),
+        warnings=[
+            *run.data.warnings,
+            *run.journal.warnings,
+            *(unmeasured if run.recipe.measure.when == "each_pass" and run.each_pass is None else ()),
+        ],
         resumed=run.journal.resumed,
         model=_about(run.source, run.float_bytes),
         data=run.data.describe(),
@@ -347,28 +464,37 @@ def _anatomy(recipe: Recipe, source: Source, model: nn.Module, data: Data) -> An
     return find(model, source.signature, data.example, {str(role): paths for role, paths in recipe.model.roles.items()})
 
 
-def _record(step: Pass, before: Any, after: Any, says: dict[str, Any], seconds: float) -> StepRecord:
+def _record(
+    step: Pass,
+    anatomy: Anatomy,
+    before: Any,
+    after: Any,
+    told: dict[str, Any],
+    seconds: float,
+    blocks: list[BlockFidelity],
+) -> StepRecord:
     changed = difference(before, after)
+    sites = _sites(anatomy, [*changed.removed, *changed.added, *changed.changed])
+    bytes_before, bytes_after = changed.bytes_before, changed.bytes_after
     return StepRecord(
         name=step.name,
         options=step.model_dump(mode="json"),
         seconds=seconds,
-        bytes_before=sum(entry.bytes for entry in before.values()),
-        bytes_after=sum(entry.bytes for entry in after.values()),
-        changed=len(changed.removed) + len(changed.added) + len(changed.changed),
-        report=says,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+        changed=len(changed),
+        sites=sites,
+        report=told,
+        says=f"{size(bytes_before)} became {size(bytes_after)} in memory; {len(changed)} tensors of {sites} layers changed.",
+        blocks=blocks,
     )
 
 
-def _same_file(path: Path, name: Path) -> None:
-    """Gives a file a second name; where the file system has no such thing, it is copied."""
-    unfinished = name.with_name(f".{name.name}.part")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(path, unfinished)
-    except OSError:
-        shutil.copyfile(path, unfinished)
-    os.replace(unfinished, name)
+def _sites(anatomy: Anatomy, names: list[str]) -> int:
+    """How many layers hold any of the tensors."""
+    paths = {site.path for site in anatomy.sites}
+    pieces = [name.split(".") for name in names]
+    return len({path for piece in pieces for end in range(1, len(piece) + 1) if (path := ".".join(piece[:end])) in paths})
 
 
 def _about(source: Source, float_bytes: int) -> dict[str, Any]:
