@@ -127,6 +127,11 @@ class Journal:
         made: Value = TypeAdapter(kind).validate_json(json.dumps(record["value"]))
         return made
 
+    def recalled(self, name: str, kind: type[Value]) -> Value | None:
+        """The recorded value of a part, without taking it over; None where there is none."""
+        record = self._record(name)
+        return None if record is None else TypeAdapter(kind).validate_json(json.dumps(record["value"]))
+
     def recorded(self, name: str) -> bool:
         """Whether there is a record of the part, whatever became of its files."""
         return self._record(name) is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.util
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from calibrate.inventory import difference, inventory
+from calibrate.inventory import inventory
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.anatomy import Anatomy, find
@@ -27,10 +25,9 @@ from compress.checks import check, check_exporters, placed
 from compress.datasets import Data, load_data
 from compress.each_pass import EachPass, linked, with_final_paths
 from compress.identity import identity
-from compress.inspection import size
 from compress.journal import Journal
 from compress.judgement import Judge, Promise, unjudged, verdict, with_float_times
-from compress.passes.contract import Context, Pass, evaluating
+from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
 from compress.report import BlockFidelity, Report, Row, StepRecord
@@ -38,6 +35,7 @@ from compress.role_bytes import Roles
 from compress.run_folder import locked, own, prepare, writable
 from compress.saved import save, signature_json
 from compress.sources import Source
+from compress.steps import passes, stands
 from compress.validation import keep_rows
 from export.contract import Artifact, Exporter
 from export.graph import Traceable
@@ -178,15 +176,12 @@ def float_side(run: Run) -> list[Row]:
     """Runs the float model on the evaluation rows and writes the float files, to compare with; without a judge it only keeps
     what the blocks give."""
     judge, model = run.judge, run.source.model
-    run.journal.part(
-        "float blocks",
-        type(None),
-        lambda: keep_outputs(
-            model, run.source.signature.call, run.blocks, run.data.calibration.batches(run.data.batch_size), run.float_blocks
-        ),
-        makes=[run.float_blocks],
-        says="float model: outputs of its blocks",
-    )
+
+    def keep() -> None:
+        rows = run.data.calibration.batches(run.data.batch_size)
+        keep_outputs(model, run.source.signature.call, run.blocks, rows, run.float_blocks)
+
+    run.journal.part("float blocks", type(None), keep, makes=[run.float_blocks], says="float model: outputs of its blocks")
     if judge is None:
         return []
     with evaluating(model):
@@ -205,120 +200,6 @@ def float_side(run: Run) -> list[Row]:
     del traceable
     gc.collect()
     return [row]
-
-
-def passes(run: Run) -> tuple[Subject, list[StepRecord]]:
-    """Carries out the passes in order, from the last checkpoint that an interrupted run left. With ``measure: each_pass`` the
-    files after each one are judged, and with ``undo: unpaid`` a pass that did not pay is taken back."""
-    steps: list[StepRecord] = []
-    done, ready = _done(run)
-    subject = run.checkpoints.restore(ready)
-    for number, step in enumerate(run.recipe.passes, 1):
-        if number <= done:
-            steps.append(_taken_over(run, number, step))
-            continue
-        before = stands(steps)
-        if number != ready:
-            run.checkpoints.forget(but=before)
-            if run.each_pass is not None:
-                run.each_pass.forget(but=before)
-        record = run.journal.part(
-            _part(number, step),
-            StepRecord,
-            functools.partial(_carried_out, run, subject, number, step),
-            makes=[run.checkpoints.path(number)],
-            says=f"pass {number} of {len(run.recipe.passes)}: {step.name}",
-        )
-        steps.append(record if run.each_pass is None else _weighed(run, run.each_pass, subject, record, number, before))
-        if steps[-1].undone:
-            subject = run.checkpoints.restore(before)
-        gc.collect()
-    run.checkpoints.forget(but=len(steps))
-    return subject, steps
-
-
-def stands(steps: list[StepRecord]) -> int:
-    """Number of the last pass that was not taken back; 0: the model is the float model."""
-    return max((number for number, step in enumerate(steps, 1) if not step.undone), default=0)
-
-
-def _done(run: Run) -> tuple[int, int]:
-    """How many passes need not be carried out again, up to the last one after which everything is whole; and the pass whose
-    checkpoint is the model to go on from: the last that stands, or one that is only not judged yet."""
-    numbered = list(enumerate(run.recipe.passes, 1))
-    done = before = 0
-    for count in range(len(numbered), 0, -1):
-        records = [run.journal.recalled(_last_part(run, number, step), StepRecord) for number, step in numbered[:count]]
-        whole = [record for record in records if record is not None]
-        before = stands(whole)
-        if len(whole) == count and (before == 0 or _whole(run, before)):
-            done = count
-            break
-    else:
-        before = 0
-    following = run.recipe.passes[done : done + 1]
-    return done, next((done + 1 for step in following if run.journal.finished(_part(done + 1, step))), before)
-
-
-def _whole(run: Run, number: int) -> bool:
-    """Whether the checkpoint of a pass, and the files that were judged after it, are those that were recorded."""
-    step = run.recipe.passes[number - 1]
-    return run.journal.finished(_part(number, step)) and run.journal.finished(_last_part(run, number, step))
-
-
-def _taken_over(run: Run, number: int, step: Pass) -> StepRecord:
-    for part in dict.fromkeys((_part(number, step), _last_part(run, number, step))):
-        record = run.journal.taken_over(part, StepRecord)
-    return record
-
-
-def _weighed(run: Run, each_pass: EachPass, subject: Subject, record: StepRecord, number: int, before: int) -> StepRecord:
-    """The record of a pass with what its files are worth; the files lie in a folder of their own until the run ends."""
-    checkpoint, judge = run.checkpoints.path(number), each_pass.judge
-
-    def weigh() -> StepRecord:
-        def compressed() -> Row:
-            with evaluating(subject.model):
-                return judge.compressed(run.call(subject.model), manifest.size_bytes(checkpoint / "model.safetensors"))
-
-        return each_pass.weighed(record, number, before, run.traceable(subject.model), compressed)
-
-    return run.journal.part(
-        _last_part(run, number, run.recipe.passes[number - 1]),
-        StepRecord,
-        weigh,
-        makes=[each_pass.path(number)],
-        reads=[checkpoint],
-        says=f"pass {number} of {len(run.recipe.passes)}: {record.name}: what it is worth",
-    )
-
-
-def _part(number: int, step: Pass) -> str:
-    return f"pass {number} {step.name}"
-
-
-def _last_part(run: Run, number: int, step: Pass) -> str:
-    """The part after which nothing more is to be found out about a pass."""
-    return _part(number, step) if run.each_pass is None else f"worth of {_part(number, step)}"
-
-
-def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRecord:
-    """Runs one pass and keeps the model as it is then."""
-    anatomy = run.anatomy(subject.model)
-    context = Context(
-        signature=run.source.signature,
-        anatomy=anatomy,
-        calibration=run.data.calibration_batches,
-        surgery=subject.surgery,
-        seed=run.recipe.seed,
-        progress=run.progress.update,
-    )
-    before, started = inventory(subject.model), time.perf_counter()
-    with placed(run.recipe, "passes", number - 1, step.name):
-        subject.model = step.run(subject.model, context)
-    after, seconds = inventory(subject.model), time.perf_counter() - started
-    run.checkpoints.keep(subject, number)
-    return _record(step, anatomy, before, after, context.report, seconds, run.fidelity(subject))
 
 
 def saved(run: Run, subject: Subject, number: int) -> Row | None:
@@ -462,39 +343,6 @@ def _judge(recipe: Recipe, source: Source, data: Data, out: Path, journal: Journ
 
 def _anatomy(recipe: Recipe, source: Source, model: nn.Module, data: Data) -> Anatomy:
     return find(model, source.signature, data.example, {str(role): paths for role, paths in recipe.model.roles.items()})
-
-
-def _record(
-    step: Pass,
-    anatomy: Anatomy,
-    before: Any,
-    after: Any,
-    told: dict[str, Any],
-    seconds: float,
-    blocks: list[BlockFidelity],
-) -> StepRecord:
-    changed = difference(before, after)
-    sites = _sites(anatomy, [*changed.removed, *changed.added, *changed.changed])
-    bytes_before, bytes_after = changed.bytes_before, changed.bytes_after
-    return StepRecord(
-        name=step.name,
-        options=step.model_dump(mode="json"),
-        seconds=seconds,
-        bytes_before=bytes_before,
-        bytes_after=bytes_after,
-        changed=len(changed),
-        sites=sites,
-        report=told,
-        says=f"{size(bytes_before)} became {size(bytes_after)} in memory; {len(changed)} tensors of {sites} layers changed.",
-        blocks=blocks,
-    )
-
-
-def _sites(anatomy: Anatomy, names: list[str]) -> int:
-    """How many layers hold any of the tensors."""
-    paths = {site.path for site in anatomy.sites}
-    pieces = [name.split(".") for name in names]
-    return len({path for piece in pieces for end in range(1, len(piece) + 1) if (path := ".".join(piece[:end])) in paths})
 
 
 def _about(source: Source, float_bytes: int) -> dict[str, Any]:
