@@ -43,7 +43,7 @@ from export.graph import Traceable
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-__all__ = ["Clock", "Run", "apply"]
+__all__ = ["Clock", "Run", "apply", "files", "float_side", "saved"]
 
 
 @dataclass
