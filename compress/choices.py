@@ -66,7 +66,7 @@ class Chosen:
         raise PydanticCustomError("fault", "{what}", {"what": what, "hint": hint, "subject": True})
 
     def _unknown(self, name: str, choices: Mapping[str, type[BaseModel]]) -> PydanticCustomError:
-        what = f"{name!r} is not the name of {self.noun}"
+        what = f"{name[:60]!r} is not the name of {self.noun}"
         return PydanticCustomError("fault", "{what}", {"what": what, "given": name, "known": sorted(choices), "key": name})
 
 

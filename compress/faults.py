@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic_core import ErrorDetails
@@ -15,6 +16,8 @@ __all__ = ["RecipeError", "allowed", "alternatives", "explain", "mistyped", "nea
 
 JsonSchema = Mapping[str, Any]
 
+_SHOWN = 20
+_ANY_HINT = "`compress schema` and recipes/README.md tell what may stand there."
 _LIKE_BOOLEAN = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
@@ -22,15 +25,18 @@ class RecipeError(UserError):
     """All faults of one recipe, in the order of the file."""
 
     def __init__(self, file: str, faults: Iterable[Fault]) -> None:
-        self.faults = tuple(sorted(faults))
+        self.faults = tuple(sorted(fault if fault.hint else replace(fault, hint=_ANY_HINT) for fault in faults))
         self.file = file
         first = self.faults[0]
         super().__init__(f"{file}:{first.line}:{first.column}", first.what, first.hint)
 
     def __str__(self) -> str:
-        return "\n".join(
-            str(UserError(f"{self.file}:{fault.line}:{fault.column}", fault.what, fault.hint)) for fault in self.faults
-        )
+        told = [
+            str(UserError(f"{self.file}:{fault.line}:{fault.column}", fault.what, fault.hint)) for fault in self.faults[:_SHOWN]
+        ]
+        if len(self.faults) > _SHOWN:
+            told.append(str(UserError(self.file, f"and {len(self.faults) - _SHOWN} more faults", "Correct these first.")))
+        return "\n".join(told)
 
 
 def mistyped(document: Document, schema: JsonSchema) -> list[Fault]:
@@ -98,7 +104,7 @@ def _fault(path: tuple[Step, ...], group: list[ErrorDetails], document: Document
     if error["type"] == "extra_forbidden":
         line, column = document.place(path, key=True)
         known = sorted({key for found in alternatives(schema, above) for key in found.get("properties", {})})
-        return Fault(line, column, f"unknown key {str(path[-1])!r}", nearest(str(path[-1]), known))
+        return Fault(line, column, f"unknown key {_cut(str(path[-1]))!r}", nearest(str(path[-1]), known))
     if error["type"] == "fault":
         line, column = document.place((*path, context["key"]) if "key" in context else path, key="key" in context)
         hint = nearest(context["given"], context["known"]) if "known" in context else context.get("hint", "")
@@ -112,7 +118,7 @@ def _fault(path: tuple[Step, ...], group: list[ErrorDetails], document: Document
     if "[key]" in error["loc"]:
         known = [str(name) for found in alternatives(schema, above) for name in found.get("propertyNames", {}).get("enum", [])]
         line, column = document.place(path, key=True)
-        return Fault(line, column, f"unknown key {str(path[-1])!r}", nearest(str(path[-1]), known))
+        return Fault(line, column, f"unknown key {_cut(str(path[-1]))!r}", nearest(str(path[-1]), known))
     return _refused(path, document.node(path), schema, error["msg"].lower())
 
 
@@ -264,8 +270,12 @@ def _shown(node: Node | None) -> str:
     if isinstance(content, list):
         return "a list" if content else "an empty list"
     if isinstance(content, str):
-        return repr(content if len(content) <= 60 else content[:57] + "...")
+        return repr(_cut(content))
     return "empty" if content is None else _plain(content)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _plain(value: object) -> str:

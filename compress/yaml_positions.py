@@ -28,6 +28,7 @@ Step = str | int
 
 MAX_DEPTH = 24
 MAX_DIGITS = 300
+MAX_VALUES = 5000
 
 _NULL = re.compile(r"|~|null|Null|NULL")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -118,7 +119,7 @@ def parse(text: str) -> Document:
 
     Scalars follow the YAML 1.2 core schema: ``no`` and ``12:30`` are text, ``1e-3`` is a number. Refused, with the
     place: syntax errors, duplicate keys, keys that are not text, aliases, tags, more than one document, control
-    characters, infinite numbers, and nesting deeper than 24.
+    characters, infinite numbers, nesting deeper than 24, and more than 5000 values.
     """
     document = Document(None, [])
     try:
@@ -138,7 +139,7 @@ def _build(text: str, document: Document) -> None:
     """Walks the parser's events with a stack of open collections; recursion would let a file overflow it."""
     open_nodes: list[Node] = []
     pending: list[str | None] = []
-    documents = 0
+    documents = values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line, column = _place(event.start_mark)
         if isinstance(event, DocumentStartEvent):
@@ -160,7 +161,11 @@ def _build(text: str, document: Document) -> None:
             document.faults.append(Fault(line, column, "a key must be text", "Write `key: value`."))
             document.root = None
             return
-        node = _value(event, document)
+        node, values = _value(event, document), values + 1
+        if values > MAX_VALUES:
+            document.faults.append(Fault(line, column, f"more than {MAX_VALUES} values", "No recipe needs that."))
+            document.root = None
+            return
         if holder is None:
             document.root = node
         elif isinstance(holder.content, dict):
@@ -182,17 +187,17 @@ def _build(text: str, document: Document) -> None:
 def _key(event: Event, holder: Node, document: Document) -> str:
     line, column = _place(event.start_mark)
     if isinstance(event, AliasEvent):
-        document.faults.append(Fault(line, column, f"alias *{event.anchor} is not allowed", "Write the key out."))
+        document.faults.append(Fault(line, column, f"alias *{_short(event.anchor)} is not allowed", "Write the key out."))
         return f"*{event.anchor}"
     if not isinstance(event, ScalarEvent):
         return ""
     key = _text(event, document)
     if event.implicit[0] and not isinstance(_scalar(key), str):
-        hint = f"Put it in quotes if it is meant as text: '{key}'."
-        document.faults.append(Fault(line, column, f"the key {key or '(empty)'} is not text", hint))
+        hint = f"Put it in quotes if it is meant as text: '{_short(key)}'."
+        document.faults.append(Fault(line, column, f"the key {_short(key) or '(empty)'} is not text", hint))
     if key in holder.keys:
         first, _ = holder.keys[key]
-        document.faults.append(Fault(line, column, f"{key!r} appears twice", f"The first is on line {first}; keep one."))
+        document.faults.append(Fault(line, column, f"{_short(key)!r} appears twice", f"The first is on line {first}; keep one."))
     else:
         holder.keys[key] = (line, column)
     return key
@@ -203,12 +208,12 @@ def _value(event: Event, document: Document) -> Node:
     node = Node(line, column)
     if isinstance(event, AliasEvent):
         hint = "Write the value out; recipes have no anchors and aliases."
-        document.faults.append(Fault(line, column, f"alias *{event.anchor} is not allowed", hint))
+        document.faults.append(Fault(line, column, f"alias *{_short(event.anchor)} is not allowed", hint))
         return node
     tag = getattr(event, "tag", None)
     if tag not in (None, "!"):
         hint = "Remove it; put the value in quotes if it is meant as text."
-        document.faults.append(Fault(line, column, f"the tag {tag} is not allowed", hint))
+        document.faults.append(Fault(line, column, f"the tag {_short(tag)} is not allowed", hint))
     if isinstance(event, MappingStartEvent):
         node.content = {}
     elif isinstance(event, SequenceStartEvent):
@@ -232,6 +237,10 @@ def _text(event: ScalarEvent, document: Document) -> str:
         document.faults.append(Fault(line, column, what, "Remove it."))
         return _CONTROL.sub("", text)
     return text
+
+
+def _short(text: str | None) -> str:
+    return str(text) if len(str(text)) <= 60 else f"{str(text)[:57]}..."
 
 
 def _place(mark: Any) -> tuple[int, int]:

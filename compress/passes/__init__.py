@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import EntryPoint
 
 from calibrate.errors import UserError
 from compress.passes.contract import Context, Pass, Target
@@ -23,6 +25,12 @@ def known_passes() -> Mapping[str, type[Pass]]:
     """
     from importlib.metadata import entry_points
 
+    return _known(entry_points)
+
+
+@functools.cache
+def _known(entry_points: Callable[..., Iterable[EntryPoint]]) -> dict[str, type[Pass]]:
+    """Looked up once: what is installed is read from disk, and a recipe asks at every pass."""
     found = {entry.name: entry for entry in PASSES}
     for point in sorted(entry_points(group="compress.passes"), key=lambda point: point.name):
         where = f"entry point {point.value}"
