@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import signal
 import sys
@@ -264,8 +265,10 @@ def recipes(
         return
     found = shipped_recipes()
     width = max((len(one.name) for one in found), default=0)
-    for one in found:
-        print(f"{one.name:{width}}  {one.title}")
+    for kind, group in itertools.groupby(found, key=lambda one: one.kind):
+        print(kind)
+        for one in group:
+            print(f"  {one.name:{width}}  {one.title}")
     print(f"\nCopy one from {recipes_folder()} and change it, or run it by its name: compress apply NAME.")
 
 
@@ -346,6 +349,8 @@ def _show(report: Report) -> None:
     elif rows := report.data.get("evaluation"):
         print(f"{rows['rows']} rows of {rows['path']} ({rows['chosen']}); {times}")
     for step in report.steps:
+        if step.worth:
+            print(f"{step.name}: {step.says}")
         for said in (*step.report.get("ties", []), *(f"{p}: {why}" for p, why in step.report.get("skipped", {}).items())):
             print(f"{step.name}: {said}")
     for warning in report.warnings:

@@ -14,21 +14,45 @@ from calibrate.errors import UserError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["Shipped", "find_recipe", "options", "readme", "recipes_folder", "shipped_recipes", "summary"]
+__all__ = ["KINDS", "Shipped", "find_recipe", "options", "readme", "recipes_folder", "shipped_recipes", "summary"]
+
+KINDS = ("To begin with", "Text", "Language models", "Images", "A model of your own")
+"""What a recipe is for, in the order in which recipes are listed."""
+_DEVICES = {"onnx": "CPU", "coreml": "phone", "tensorrt": "NVIDIA GPU"}
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """A recipe of the package: its name, its file, and what its leading comment says."""
+    """A recipe of the package: its name, its file, what its leading comment says, and what of it tells it from the others.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        devices: what its files are for: CPU, phone, NVIDIA GPU.
+        passes: what is done, in order: "weights 8 bits, activations static".
+    """
 
     name: str
     path: Path
     comment: str
+    kind: str
+    devices: tuple[str, ...]
+    passes: tuple[str, ...]
 
     @property
     def title(self) -> str:
         """The first line of the comment."""
         return self.comment.split("\n")[0]
+
+    @classmethod
+    def of(cls, path: Path) -> Shipped:
+        """Reads the file as YAML alone: torch and pydantic are not needed to list recipes."""
+        from compress.yaml_positions import parse
+
+        text = path.read_text("utf-8")
+        root = parse(text).root
+        content: Any = root.data() if root is not None else {}
+        devices = tuple(word for name, word in _DEVICES.items() if name in _names(content["export"]))
+        return cls(path.stem, path, _comment(text), _kind(content), devices, tuple(map(_told, content["passes"])))
 
 
 def recipes_folder() -> Path:
@@ -45,9 +69,10 @@ def recipes_folder() -> Path:
 
 
 def shipped_recipes(folder: Path | None = None) -> list[Shipped]:
-    """All shipped recipes by name."""
+    """All shipped recipes, by kind and name."""
     folder = folder or recipes_folder()
-    return [Shipped(path.stem, path, _comment(path.read_text("utf-8"))) for path in sorted(folder.glob("*.yaml"))]
+    found = [Shipped.of(path) for path in folder.glob("*.yaml")]
+    return sorted(found, key=lambda one: (KINDS.index(one.kind), one.name))
 
 
 def find_recipe(given: str) -> Path:
@@ -75,14 +100,7 @@ def readme() -> str:
     lines = ["# Recipes", "", "This file is written by `compress recipes --markdown`; a test keeps it true.", ""]
     lines += ["`compress apply NAME` runs one by its name. To make your own, copy the nearest one and change the lines that"]
     lines += ["its comments point at; `compress schema` gives editors the names and values of every key.", ""]
-    lines += ["| recipe | passes | files |", "|---|---|---|"]
-    shipped = shipped_recipes()
-    for one in shipped:
-        passes, exports = _steps(one.path)
-        lines.append(f"| [{one.name}]({one.path.name}) | {', '.join(passes)} | {', '.join(exports)} |")
-    for one in shipped:
-        title, _, rest = one.comment.partition("\n")
-        lines += ["", f"## {one.name}", "", title, *rest.rstrip().split("\n")]
+    lines += [*_gallery(shipped_recipes())]
     lines += ["", "# Keys of a recipe", "", *_keys()]
     lines += ["", "# Passes", "", *_sections({entry.name: entry for entry in PASSES})]
     lines += ["", "# Exporters", "", *_sections(known_exporters())]
@@ -105,6 +123,42 @@ def options(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
 def summary(model: type[BaseModel]) -> str:
     """The first paragraph of a docstring, on one line."""
     return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split()).replace("``", "`")
+
+
+def _gallery(shipped: list[Shipped]) -> Iterable[str]:
+    """The recipes: a table, then what each says of itself, by kind."""
+    yield from ("| | recipe | for | what is done |", "|---|---|---|---|")
+    for before, one in zip([None, *shipped], shipped, strict=False):
+        kind = "" if before is not None and before.kind == one.kind else one.kind
+        link = f"[{one.name}](#{one.name})"
+        yield f"| {kind} | {link} | {', '.join(one.devices)} | {'; '.join(dict.fromkeys(one.passes))} |"
+    for kind in KINDS:
+        yield from ("", f"## {kind}")
+        for one in shipped:
+            if one.kind == kind:
+                yield from ("", f"### {one.name}", "", f"[{one.path.name}]({one.path.name})", "", *one.comment.split("\n"))
+
+
+def _kind(content: Mapping[str, Any]) -> str:
+    model, form = content["model"], content["data"]["format"]
+    if form == "text":
+        causal = isinstance(model, dict) and model.get("task") == "causal-lm"
+        return "Language models" if causal else "Text"
+    return {"embedded": "To begin with", "arrays": "A model of your own"}.get(form, "Images")
+
+
+def _told(entry: Any) -> str:
+    """A pass of a recipe in a few words."""
+    ((name, options),) = entry.items() if isinstance(entry, dict) else ((str(entry), {}),)
+    if name != "quantize":
+        return str(name).replace("_", " ")
+    rounded = options.get("activations", "static")
+    return f"weights {options.get('weights', 8)} bits, activations {'float' if rounded == 'none' else rounded}"
+
+
+def _names(entries: Iterable[Any]) -> list[str]:
+    """The names of passes or exporters as a recipe lists them, with options or without."""
+    return [next(iter(entry)) if isinstance(entry, dict) else str(entry) for entry in entries]
 
 
 def _keys() -> Iterable[str]:
@@ -136,20 +190,13 @@ def _sections(choices: Mapping[str, type[BaseModel]]) -> Iterable[str]:
             yield f"| {' | '.join(cells)} |"
 
 
-def _steps(path: Path) -> tuple[list[str], list[str]]:
-    from compress.recipe import read
-
-    recipe = read(path)
-    return [step.name for step in recipe.passes], [exporter.format for exporter in recipe.export]
-
-
 def _comment(text: str) -> str:
     lines = []
     for line in text.split("\n"):
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix(" "))
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def _yaml(value: Any) -> str:
