@@ -126,6 +126,7 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRec
         anatomy=anatomy,
         calibration=run.data.calibration_batches,
         surgery=subject.surgery,
+        rows=len(run.data.calibration) * run.data.calibration.group,
         seed=run.recipe.seed,
         progress=run.progress.update,
     )
