@@ -32,7 +32,7 @@ _PIPELINES = {"sentence-embedding": "sentence-similarity", "causal-lm": "text-ge
 _MEANING = {
     "classes": "Scores of the classes (logits); the softmax of a row gives probabilities, which were not calibrated.",
     "score": "One score a row.",
-    "embedding": "One embedding of length 1 a row; texts are compared by the cosine of their embeddings.",
+    "embedding": "One embedding a row; rows are compared by the cosine of their embeddings.",
     "token": "Scores of the next token at every position (logits).",
     "features": "The states of the model, without a head.",
 }
@@ -116,9 +116,11 @@ class Card:
     def facts(self) -> list[tuple[str, str]]:
         """What the file is, as the exporter says it."""
         details = self.first.details
-        keys = ("opset", "dialect", "target", "precision", "builder", "targets", "profile")
+        keys = ("opset", "dialect", "target", "precision", "builder", "targets")
         made = [("file", f"`{self.exporter.filename}`"), ("size", wording.size(self.first)), ("task", self.program.task)]
         made += [(key, wording.option(details[key])) for key in keys if details.get(key)]
+        for name, (low, best, high) in details.get("profile", {}).items():
+            made.append((f"profile, {name}", f"{low} to {high}, tuned for {best}"))
         if self.first.audit is not None:
             audit = self.first.audit
             stored = ", ".join(f"{kind} {count:,}" for kind, count in audit.bytes_by_dtype.items())
@@ -143,7 +145,7 @@ class Card:
             taken = f"The file takes {interface.least} to {interface.most} rows at a time"
         else:
             taken = "The file takes any number of rows at a time"
-        return f"{taken}. {self._making_of_rows()}"
+        return f"{taken}. {self._making_of_rows()}".rstrip()
 
     def _making_of_rows(self) -> str:
         program = self.program
@@ -166,6 +168,16 @@ class Card:
     @property
     def meaning(self) -> str:
         return _MEANING[self.program.answer]
+
+    @property
+    def licence(self) -> str:
+        """Known of the embedded model alone."""
+        if self.recipe.model.source.startswith("embedded:"):
+            return (
+                "The digits that the model was trained on are under CC BY 4.0 (E. Alpaydin and C. Kaynak, Optical Recognition of "
+                "Handwritten Digits, UCI, 1998); the weights are under the licence of transformer-compress, Apache-2.0."
+            )
+        return "The licence of the weights and of their training data is not known either; ask where the float model came from."
 
     @property
     def making(self) -> str:

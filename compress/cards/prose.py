@@ -45,16 +45,16 @@ def limits(card: Card) -> Iterator[str]:
 def running(card: Card) -> str:
     program = card.program
     rows = {"text": "FILE.txt", "running text": "FILE.txt", "images": "IMAGE.png", "arrays": "ROWS.npz"}[program.reads]
-    kept = "Without an argument it runs on rows that the run kept (`../kept.safetensors`)." if program.kept else ""
+    kept = "Without an argument it runs on rows that the run kept (`../kept.safetensors`). " if program.kept else ""
     packages = f" {program.needs}" if program.needs else ""
     if card.exporter.format == "onnx":
         unrun = "It was written with the file, and not run when the file was made: the figures above are of another program."
-        return f"```bash\npip install onnxruntime numpy safetensors{packages}\npython run.py {rows}\n```\n\n{kept}\n{unrun}"
+        return f"```bash\npip install onnxruntime numpy safetensors{packages}\npython run.py {rows}\n```\n\n{kept}{unrun}"
     if card.exporter.format == "coreml":
         return (
             "On macOS, with Xcode's command line tools:\n\n"
             f"```bash\nswiftc -O Run.swift -o run\n{'./run' if program.kept else './run rows.safetensors'}\n```\n\n"
-            f"{kept} Rows of your own are made by `python prepare.py {rows} --save rows.safetensors` "
+            f"{kept}Rows of your own are made by `python prepare.py {rows} --save rows.safetensors` "
             f"(`pip install numpy safetensors{packages}`), then `./run rows.safetensors`.\n"
             "`Run.swift` was neither compiled nor run: there was no Mac."
         )
@@ -62,7 +62,7 @@ def running(card: Card) -> str:
     gpu = "" if card.first.validated == "runtime" else "\nNeither was run with this engine: there was no GPU that runs it."
     return (
         f"On a machine with an NVIDIA GPU that the engine was built for:\n\n```bash\npip install {package} cuda-python numpy "
-        f"safetensors{packages}\npython run.py {rows}\n```\n\n{kept} `run.cpp` does the same in C++ (its first lines say how to "
+        f"safetensors{packages}\npython run.py {rows}\n```\n\n{kept}`run.cpp` does the same in C++ (its first lines say how to "
         f"build it), on rows that `python run.py {rows} --save rows.safetensors` made.{gpu}"
     )
 

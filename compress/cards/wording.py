@@ -82,6 +82,8 @@ def option(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return ", ".join(option(item) for item in value)
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {option(item)}" for key, item in value.items())
     return str(value)
 
 
