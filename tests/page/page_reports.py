@@ -60,6 +60,10 @@ def latency(batch: int, median: float, ratio: float | None, runtime: str) -> Lat
     )
 
 
+def audit(weights: dict[str, int]) -> Audit:
+    return Audit(layers=40, equal=40, codes=22_682_112, bytes_by_dtype=weights, float_layers=["classifier"])
+
+
 def file_row(label: str, **known: Any) -> Row:
     made: dict[str, Any] = {
         "label": label,
@@ -75,13 +79,7 @@ def file_row(label: str, **known: Any) -> Row:
         "agreement_to_compressed": Figure(name="agreement", value=0.9989, rows=872),
         "size_bytes": 23_141_592,
         "size_ratio": 0.2565,
-        "audit": Audit(
-            layers=40,
-            equal=40,
-            codes=22_682_112,
-            bytes_by_dtype={"float32": 380_000, "int8": 22_682_112, "int64": 600, "uint8": 1},
-            float_layers=["classifier"],
-        ),
+        "audit": audit({"float32": 380_000, "int8": 22_682_112, "int64": 600, "uint8": 1}),
         "checks": [
             Check(name="outputs are finite", passed=True),
             Check(name="row alone equals row in a batch", passed=True, detail="inf dB over 4 rows"),
@@ -116,7 +114,7 @@ def rows() -> list[Row]:
             size_bytes=22_990_000,
             size_ratio=0.509,
             checks=[Check(name="row alone equals row in a batch", passed=None, detail="the file takes exactly 1 row")],
-            audit=Audit(layers=40, equal=40, codes=22_682_112, bytes_by_dtype={"float16": 190_000, "int8": 22_682_112}, float_layers=[]),
+            audit=audit({"float16": 190_000, "int8": 22_682_112}),
         ),
         file_row(
             "tensorrt",
@@ -128,7 +126,7 @@ def rows() -> list[Row]:
             size_ratio=0.571,
             details={"run_in_float": ["bert.pooler.dense"], "kernels": 45},
         ),
-    ]  # fmt: skip
+    ]
 
 
 def fidelity(values: list[float | None], gone: tuple[int, ...] = ()) -> list[BlockFidelity]:
@@ -220,7 +218,7 @@ def full(**known: Any) -> Report:
         "met": False,
         "exit_code": 1,
         "limits": [
-            Limit(line="accept.metric_drop", artifact="onnx", limit=0.005, value=0.0011, met=True, says="onnx: metric_drop 0.0011"),
+            Limit(line="accept.metric_drop", artifact="onnx", limit=0.005, value=0.0011, met=True),
             Limit(line="accept.latency_ratio", artifact="onnx", limit=0.35, value=0.387, met=False, says=says),
             Limit(line="accept.unvalidated", artifact="tensorrt", limit="run", value="proxy", met=True, says="tensorrt: proxy"),
         ],
@@ -246,7 +244,7 @@ def full(**known: Any) -> Report:
         "seconds": {"load": 2.9, "anatomy": 0.74, "pass quantize": 3.3, "judge onnx": 34.3},
         "peak_memory_bytes": 1_111_110_000,
         "folder": "runs/sst2-int8",
-    }  # fmt: skip
+    }
     return Report(**(made | known))
 
 
@@ -254,9 +252,18 @@ def plain(**known: Any) -> Report:
     """A report with nothing that may be absent: one file that was not run, no contract, no passes."""
     row = Row(label="onnx", format="onnx", path="onnx/model.onnx", validated="none", note="evaluation was switched off")
     made: dict[str, Any] = {
-        "name": "plain", "met": True, "exit_code": 0, "limits": [], "rows": [row], "steps": [], "model": {}, "data": {},
-        "machine": {}, "seconds": {}, "peak_memory_bytes": 1,
-    }  # fmt: skip
+        "name": "plain",
+        "met": True,
+        "exit_code": 0,
+        "limits": [],
+        "rows": [row],
+        "steps": [],
+        "model": {},
+        "data": {},
+        "machine": {},
+        "seconds": {},
+        "peak_memory_bytes": 1,
+    }
     return Report(**(made | known))
 
 
@@ -275,9 +282,7 @@ def manifest(**known: Any) -> dict[str, Any]:
     }
 
 
-def folder(
-    place: Path, report: Report, told: dict[str, Any] | None = None, validation: Report | None = None
-) -> Path:  # fmt: skip
+def folder(place: Path, report: Report, told: dict[str, Any] | None = None, validation: Report | None = None) -> Path:
     """A run folder with these files."""
     place.mkdir(parents=True, exist_ok=True)
     reports.write(report, place)
