@@ -22,6 +22,7 @@ __all__ = ["LOCK", "locked", "own", "prepare", "writable"]
 
 LOCK = ".lock"
 
+_BEGUN = ".recipe.yaml.part"
 _STALE = ("report.json", "report.html", "validation.json", "manifest.json", "kept.safetensors", "model.safetensors")
 _STALE_FOLDERS = ("onnx", "coreml", "tensorrt", "baseline", "source")
 
@@ -46,7 +47,7 @@ def own(out: Path, name: str, *, fresh: bool = False) -> None:
         raise UserError(str(out), "is a file", "Name a folder with --out.")
     if not out.is_dir():
         return
-    there = {entry.name for entry in out.iterdir()} - {LOCK, FOLDER}
+    there = {entry.name for entry in out.iterdir()} - {LOCK, FOLDER, _BEGUN}
     if there and not (out / "recipe.yaml").is_file():
         raise UserError(str(out), "exists and is not a run folder", "Name another folder with --out, or remove it.")
     for state, key in ((f"{FOLDER}/run.json", "name"), ("manifest.json", "recipe")):
@@ -64,7 +65,7 @@ def prepare(out: Path, recipe: Recipe) -> None:
     for stale in folders:
         if (out / stale).exists():
             shutil.rmtree(out / stale)
-    unfinished = out / ".recipe.yaml.part"
+    unfinished = out / _BEGUN
     unfinished.write_text(recipe.text)
     os.replace(unfinished, out / "recipe.yaml")
 
