@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compress.report import Figure
 
-__all__ = ["MUTED", "Plot", "bar", "layout", "line", "marker", "note", "span"]
+__all__ = ["MUTED", "Plot", "bar", "decimals", "layout", "line", "marker", "note", "span"]
 
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "pentagon", "star")
 """One for each colour, in the order of ``--mark-1`` to ``--mark-6``: nothing is told by colour alone."""
@@ -81,6 +82,11 @@ def marker(number: int) -> dict[str, Any]:
     symbol = SYMBOLS[(number - 1) % len(SYMBOLS)] if number else "circle-open"
     edge = {"color": "var(--paper)", "width": 1.5} if number else {"color": "var(--reference)", "width": 2}
     return {"color": colour, "symbol": symbol, "size": 12, "line": edge}
+
+
+def decimals(ends: Sequence[float]) -> str:
+    """The format of an axis whose marks all have as many decimals as its range asks for."""
+    return f".{max(0, math.ceil(-math.log10((ends[1] - ends[0]) / 5)))}f"
 
 
 def span(figures: Sequence[Figure]) -> list[float]:

@@ -164,7 +164,7 @@ def table(report: Report, rows: list[Row] | None = None, limits: list[Limit] | N
     rows, limits = report.rows if rows is None else rows, report.limits if limits is None else limits
     batches = sorted({latency.batch for row in rows for latency in row.latency})
     metric = next((row.metric.name for row in rows if row.metric), "metric")
-    numbers = marks(rows)
+    numbers = marks(rows) | marks(report.rows)
     lines = tuple(
         Line(row.label, numbers[row.label], row.validated == "reference", _cells(row, metric, batches, limits)) for row in rows
     )

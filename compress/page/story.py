@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from compress.page import wording
 from compress.page.folder import Found
-from compress.page.outcome import marks
+from compress.page.outcome import Table, marks, table
 from compress.report import Check, Report, Row, StepRecord, Worth
 
 __all__ = ["HOW", "Brought", "Judged", "Sites", "StepShown", "about", "again", "judged", "link", "measured_on", "parts", "steps"]
@@ -60,6 +60,7 @@ class StepShown:
     unset: tuple[str, ...]
     facts: tuple[tuple[str, str, str], ...]
     worth: Brought | None
+    table: Table | None
     sites: Sites | None
     skipped: tuple[tuple[str, str], ...]
     ties: tuple[str, ...]
@@ -106,10 +107,10 @@ def measured_on(report: Report) -> str:
 def steps(report: Report) -> list[StepShown]:
     """Every pass in its order."""
     numbers = marks(report.rows)
-    return [_step(number, step, numbers) for number, step in enumerate(report.steps, 1)]
+    return [_step(report, number, step, numbers) for number, step in enumerate(report.steps, 1)]
 
 
-def _step(number: int, step: StepRecord, numbers: dict[str, int]) -> StepShown:
+def _step(report: Report, number: int, step: StepRecord, numbers: dict[str, int]) -> StepShown:
     asked = tuple((name, wording.plain(value)) for name, value in step.options.items() if value not in (None, [], {}))
     sites = step.report.get("sites")
     skipped, ties = step.report.get("skipped"), step.report.get("ties")
@@ -122,6 +123,7 @@ def _step(number: int, step: StepRecord, numbers: dict[str, int]) -> StepShown:
         unset=tuple(name for name, value in step.options.items() if value in (None, [], {})),
         facts=_facts(step),
         worth=_brought(step.worth, numbers) if step.worth else None,
+        table=table(report, step.rows, []) if step.rows else None,
         sites=_sites(sites) if isinstance(sites, dict) and sites else None,
         skipped=tuple((str(path), str(why)) for path, why in skipped.items()) if isinstance(skipped, dict) else (),
         ties=tuple(map(str, ties)) if isinstance(ties, list) else (),

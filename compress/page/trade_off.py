@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from compress.page import wording
-from compress.page.drawing import MUTED, Plot, bar, layout, line, marker, note, span
+from compress.page.drawing import MUTED, Plot, bar, decimals, layout, line, marker, note, span
 from compress.page.outcome import marks
 from compress.report import Figure, Latency, Report, Row
 
@@ -28,7 +28,8 @@ def trade_off(report: Report) -> tuple[str, list[Plot]]:
         return name, []
     wide = max(latency.ratio_high or ratio for found in points.values() for _, latency, ratio in found)
     across = {"range": [0, max(1.12, wide * 1.06)], "title": {"text": "time, ratio to float in the same runtime", "standoff": 8}}
-    up = {"range": span(list(figures.values())), "title": {"text": escape(name)}}
+    ends = span(list(figures.values()))
+    up = {"range": ends, "tickformat": decimals(ends), "title": {"text": escape(name)}}
     numbers = marks(report.rows)
     reference = next((figures.get(row.label) for row in report.rows if row.validated == "reference"), None)
     plots = []
