@@ -13,6 +13,7 @@ fraction of a second. The job is a JSON file; the answer is written to the path 
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -21,7 +22,10 @@ import sys
 import time
 from typing import Any
 
-__all__ = ["build", "main"]
+__all__ = ["FULL", "build", "main"]
+
+FULL = errno.ENOSPC
+"""Exit code where the disk is full: an answer that says so would find no room."""
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
@@ -116,12 +120,23 @@ def main(path: str) -> int:
         job = json.load(file)
     _end_with(job["parent"])
     try:
-        answer = build(job)
-    except Exception as error:
-        answer = {"ok": False, "stage": "start", "node": "", "errors": [f"{type(error).__name__}: {error}"]}
-    with open(job["answer"], "w", encoding="utf-8") as file:
-        json.dump(answer, file)
+        try:
+            answer = build(job)
+        except Exception as error:
+            if _full(error):
+                raise
+            answer = {"ok": False, "stage": "start", "node": "", "errors": [f"{type(error).__name__}: {error}"]}
+        with open(job["answer"], "w", encoding="utf-8") as file:
+            json.dump(answer, file)
+    except OSError as error:
+        if not _full(error):
+            raise
+        return FULL
     return 0 if answer["ok"] else 1
+
+
+def _full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -116,6 +117,7 @@ def build_engine(
 
     Raises:
         UserError: the builder refuses the model or its options; its first error line, the node, and the way out.
+        OSError: there is no room for the engine.
     """
     answer_path = engine.with_name(engine.name + ".answer.json")
     job_path = engine.with_name(engine.name + ".job.json")
@@ -135,6 +137,9 @@ def build_engine(
     command = [sys.executable, "-P", str(script), str(job_path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=_quiet())
+        if done.returncode == errno.ENOSPC:
+            engine.unlink(missing_ok=True)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(engine))
         answer = json.loads(answer_path.read_text()) if answer_path.is_file() else _ended(done.returncode, done.stderr)
     finally:
         for path in (job_path, answer_path):
