@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["Edit", "Surgery", "parent_of"]
@@ -14,7 +15,9 @@ __all__ = ["Edit", "Surgery", "parent_of"]
 class Edit:
     """One change: ``replace`` the module at ``path`` by a layer of ``compress.layers`` made from ``config``, ``keep`` only
     the children ``config["indices"]`` of the list at ``path``, or ``set`` the attribute ``config["name"]`` (plain JSON
-    values only) of the module at ``path``; ``share``: the module at ``path`` becomes the one at ``config["with"]``."""
+    values only) of the module at ``path``; ``share``: the module at ``path`` becomes the one at ``config["with"]``;
+    ``narrow``: the tensor ``config["name"]`` of the module at ``path`` keeps ``config["size"]`` entries of its axis
+    ``config["axis"]``."""
 
     verb: str
     path: str
@@ -69,6 +72,17 @@ class Surgery:
         setattr(target, last, value)
         self.edits.append(Edit("set", path, config={"name": name, "value": value}))
 
+    def narrow(self, model: nn.Module, path: str, name: str, axis: int, kept: list[int]) -> None:
+        """Keeps only the given entries, in that order, of one axis of a parameter or buffer of the module at ``path``."""
+        module = model.get_submodule(path)
+        tensor = getattr(module, name)
+        smaller = tensor.detach().index_select(axis, torch.tensor(kept, device=tensor.device))
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, name, nn.Parameter(smaller, requires_grad=tensor.requires_grad))
+        else:
+            setattr(module, name, smaller)
+        self.edits.append(Edit("narrow", path, config={"name": name, "axis": axis, "size": len(kept)}))
+
     def replay(self, model: nn.Module, edits: list[Edit]) -> None:
         """Does recorded edits again on a fresh model of the original architecture; tensors are loaded afterwards.
 
@@ -87,6 +101,8 @@ class Surgery:
                 self.keep(model, edit.path, config["indices"])
             elif edit.verb == "share":
                 self.share(model, edit.path, config["with"])
+            elif edit.verb == "narrow":
+                self.narrow(model, edit.path, config["name"], config["axis"], list(range(config["size"])))
             elif edit.verb == "set":
                 self.set(model, edit.path, config["name"], config["value"])
             else:
