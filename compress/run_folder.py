@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UserError
 from compress.journal import FOLDER
+from export.disk import FULL
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -43,12 +44,14 @@ def own(out: Path, name: str, *, fresh: bool = False) -> None:
     Raises:
         UserError: it holds something else, or a run of another recipe, which only ``fresh`` permits.
     """
-    if out.is_file():
-        raise UserError(str(out), "is a file", "Name a folder with --out.")
-    if not out.is_dir():
-        return
-    there = {entry.name for entry in out.iterdir()} - {LOCK, FOLDER, _BEGUN}
-    if there and not (out / "recipe.yaml").is_file():
+    with _usable(out):
+        if out.is_file():
+            raise UserError(str(out), "is a file", "Name a folder with --out.")
+        if not out.is_dir():
+            return
+        there = {entry.name for entry in out.iterdir()} - {LOCK, FOLDER, _BEGUN}
+        marked = (out / "recipe.yaml").is_file()
+    if there and not marked:
         raise UserError(str(out), "exists and is not a run folder", "Name another folder with --out, or remove it.")
     for state, key in ((f"{FOLDER}/run.json", "name"), ("manifest.json", "recipe")):
         found = _state(out / state).get(key, name)
@@ -80,12 +83,14 @@ def locked(out: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK
-    lock = FileLock(path, timeout=0)
+    with _usable(out):
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
     try:
-        lock.acquire()
+        with _usable(out):
+            lock.acquire()
     except Timeout:
         told = path.read_text().strip()
         who = f"process {told}" if told.isdigit() else "another process"
@@ -111,29 +116,40 @@ def writable(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        where = str(error.filename) if error.filename else str(out)
-        raise UserError(where, _DISK[error.errno], _way_out(error.errno)) from error
-    except UserError as error:
-        if not (said := _SAID.search(str(error))):
-            raise
-        raise UserError(str(out), said.group().lower(), _way_out(errno.ENOSPC)) from error
+        where = Path(error.filename) if error.filename else out
+        inside = out.resolve() in where.resolve().parents
+        raise _refused(out if inside and error.errno in FULL else where, error.errno) from error
     except Exception as error:
         said = _SAID.search(str(error))
-        if not said and not _full(out):
+        if not said and (isinstance(error, UserError) or _free(out) >= _LEAST_BYTES):
             raise
-        raise UserError(str(out), said.group().lower() if said else "the disk is full", _way_out(errno.ENOSPC)) from error
+        closed = said is not None and said.group().lower().startswith("read-only")
+        raise _refused(out, errno.EROFS if closed else errno.ENOSPC) from error
 
 
-def _way_out(number: int) -> str:
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return "Make room; the same command goes on from here."
-    return "Name another folder with --out, or change the permissions."
+def _refused(where: Path, number: int) -> UserError:
+    if number in FULL:
+        what = f"{_DISK[number]}: {_free(where) / 1e6:.2f} MB are free, and that is too little"
+        return UserError(str(where), what, "Make room; the same command goes on from here.")
+    return UserError(str(where), _DISK[number], "Name another folder with --out, or change the permissions.")
 
 
-def _full(out: Path) -> bool:
-    """Whether nothing more fits: some libraries do not say why they could not write."""
+def _free(out: Path) -> int:
+    """Bytes that still fit; some libraries do not say why they could not write."""
     folder = next((folder for folder in (out, *out.parents) if folder.is_dir()), Path())
-    return shutil.disk_usage(folder).free < _LEAST_BYTES
+    return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def _usable(out: Path) -> Iterator[None]:
+    """Whatever the system has against a path as a folder to work in, in one line."""
+    try:
+        yield
+    except TimeoutError:  # of a lock that another process holds
+        raise
+    except OSError as error:
+        what = f"cannot be a run folder: {(error.strerror or str(error)).lower()}"
+        raise UserError(str(out), what, "Name another folder with --out, or change its permissions.") from None
 
 
 def _state(path: Path) -> dict[str, Any]:
