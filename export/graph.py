@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature, raw_path
 
-__all__ = ["Traceable", "Untraceable"]
+__all__ = ["Traceable", "Untraceable", "weight_only"]
 
 
 class Untraceable(UserError):
@@ -109,6 +109,17 @@ class Traceable:
                     return export(bounded)
             except Exception as error:
                 raise Untraceable(self.name, error, dynamic) from error
+
+
+def weight_only(model: nn.Module) -> list[str]:
+    """Paths of layers that multiply by a weight kept as codes while their inputs stay floating point; tables are none."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if hasattr(module, "quantized_weight")
+        and getattr(module, "activation", None) is None
+        and not hasattr(module, "embedding_dim")
+    ]
 
 
 @contextmanager

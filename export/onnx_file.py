@@ -19,7 +19,7 @@ from export.contract import Contents
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["CODES", "LIMIT_BYTES", "contents", "read", "write"]
+__all__ = ["CODES", "LIMIT_BYTES", "contents", "made_bytes", "read", "write", "written_bytes"]
 
 CODES = "compress.codes"
 """Key of the model's metadata: site -> where its codes lie. Each entry has
@@ -66,6 +66,42 @@ def write(model: ir.Model, path: Path, limit: int = LIMIT_BYTES) -> list[Path]:
         partial.unlink(missing_ok=True)
         partial_data.unlink(missing_ok=True)
     return [path, data] if external else [path]
+
+
+def written_bytes(model: ir.Model, name: str = "model.onnx", limit: int = LIMIT_BYTES) -> int:
+    """Bytes of the files that ``write`` would make under that name; no tensor is read."""
+    tensors = {label: value.const_value for label, value in model.graph.initializers.items()}
+    external = sum(tensor.nbytes for tensor in tensors.values()) > limit
+    inside = outside = 0
+    for label, tensor in tensors.items():
+        assert tensor is not None
+        place = None
+        if external and _outside(tensor):
+            outside += -outside % _ALIGNMENT
+            place = {"location": f"{name}.data", "offset": str(outside), "length": str(tensor.nbytes)}
+            outside += tensor.nbytes
+        size = len(_header(label, tensor, place)) + (0 if place else 1 + len(_varint(tensor.nbytes)) + tensor.nbytes)
+        inside += 1 + len(_varint(size)) + size
+    proto = _small(model)
+    graph = len(proto.graph.SerializeToString()) + inside
+    proto.ClearField("graph")
+    return len(proto.SerializeToString()) + 1 + len(_varint(graph)) + graph + outside
+
+
+def made_bytes(model: ir.Model, module: torch.nn.Module) -> int:
+    """Memory that writing takes beyond that of the torch module: initializers that lie elsewhere, and the largest of those that
+    are made while they are written."""
+    import onnx_ir as ir
+
+    places = {tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    copies = largest = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.Tensor):
+            copies += 0 if tensor.numpy().ctypes.data in places else tensor.nbytes
+        elif tensor is not None:
+            largest = max(largest, tensor.nbytes)
+    return copies + 2 * largest
 
 
 def _message(file: IO[bytes], model: ir.Model, headers: list[bytes], tensors: list[Any]) -> None:

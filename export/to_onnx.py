@@ -15,9 +15,9 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from calibrate.errors import MissingRuntime, UserError
-from export.contract import Artifact, Contents, Exporter, NotRun, Runner
+from export.contract import Artifact, Contents, Exporter, Forecast, NotRun, Runner
 from export.graph import Traceable
-from export.onnx_file import CODES, LIMIT_BYTES, contents, write
+from export.onnx_file import CODES, LIMIT_BYTES, contents, made_bytes, write, written_bytes
 from export.onnx_lowering import Dialect
 from export.onnx_runner import OnnxRunner, OpenVinoRunner, executed_ops, optimized
 
@@ -144,6 +144,27 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
+def _float_products(model: ir.Model, sites: Iterable[str]) -> dict[str, str]:
+    """Quantized layers whose product ONNX Runtime will run in floating point, with the reason.
+
+    Its integer convolution needs quantized inputs and an output that is quantized again; its integer matrix product, and
+    the one on narrow weights, need nothing of what follows.
+    """
+    found = {}
+    known = set(sites)
+    for node in model.graph:
+        site = (node.name or "").rpartition("/")[0]
+        if node.op_type != "Conv" or site not in known:
+            continue
+        before, after = node.inputs[0], [reader.op_type for reader, _ in node.outputs[0].uses()]
+        producer = before.producer() if before is not None else None
+        if producer is None or producer.op_type != "DequantizeLinear":
+            found[site] = "its inputs are not quantized, and narrow weights of convolutions have no kernel"
+        elif after != ["QuantizeLinear"]:
+            found[site] = "its output is not quantized again, which ONNX Runtime's integer convolution needs"
+    return found
+
+
 class OnnxExporter(Exporter):
     """An ONNX file for CPUs: fast in ONNX Runtime without any session option, and in OpenVINO."""
 
@@ -181,9 +202,22 @@ class OnnxExporter(Exporter):
                 found.append((path, f"dynamic activations of {activation.bits} bits have no ONNX form; use 8"))
         return found
 
-    def write(self, source: Traceable, path: Path) -> Artifact:
+    def forecast(self, source: Traceable) -> Forecast:
+        """Exact but for values: single numbers that calibration tells apart, and factors for the channels of an input. Lowers
+        the model as ``write`` does, and neither writes it nor reads its large tensors."""
+        self._ready()
+        model = lower(source, self.dialect, self.dynamic, self.batch, self.opset)
+        size = written_bytes(model, Path(self.filename).name)
+        return Forecast(
+            size, made_bytes(model, source.model), _float_products(model, [path for path, _ in _quantized(source.model)])
+        )
+
+    def _ready(self) -> None:
         if (absent := self.missing()) is not None:
             raise MissingRuntime("export.onnx", absent.split(":")[0], absent.split(": ")[-1])
+
+    def write(self, source: Traceable, path: Path) -> Artifact:
+        self._ready()
         started = time.perf_counter()
         _traced(source, self.dynamic, self.batch)
         traced = time.perf_counter()

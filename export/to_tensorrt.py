@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import TensorSpec
-from export.contract import Artifact, Contents, Exporter, NotRun, Runner
+from export.contract import Artifact, Contents, Exporter, Forecast, NotRun, Runner
 from export.engine_listing import builder_of
-from export.graph import Traceable
+from export.graph import Traceable, weight_only
 from export.tensorrt_contents import engine_contents, engine_report, qdq_path
 from export.tensorrt_job import LIBRARIES, build_engine, product
 from export.tensorrt_runners import EngineRunner, ProxyRunner, gpu_name
@@ -87,6 +87,19 @@ class TensorRTExporter(Exporter):
             if hasattr(module, "quantized_weight")
             for reason in _refusals(module)
         ]
+
+    def forecast(self, source: Traceable) -> Forecast:
+        """The size by the formula of ``export.tensorrt_forecast``; the memory is that of the builder's process, which runs beside
+        this one, or of reading the engine again, whichever is more."""
+        from export.onnx_file import made_bytes, written_bytes
+        from export.tensorrt_forecast import builder_bytes, engine_bytes
+
+        self._ready()
+        graph = self._lower(source)
+        size, given, copies = engine_bytes(graph), written_bytes(graph), made_bytes(graph, source.model)
+        reason = f"its inputs are not quantized: the weight is made {self.precision} and multiplied so"
+        peak = max(builder_bytes(given), 2 * size + given) + copies
+        return Forecast(size, peak, dict.fromkeys(weight_only(source.model), reason))
 
     def write(self, source: Traceable, path: Path) -> Artifact:
         """Lowers the model, keeps the Q/DQ file and builds the engine; afterwards both are there, or neither.

@@ -1,0 +1,91 @@
+"""The size of a Core ML package, from the traced graph alone: nothing is converted, no tensor is read.
+
+A package is a weight file and a program. The weight file holds each constant of ten elements or more behind a header of 64
+bytes, each padded to 64 bytes (``MILBlob``); which constants there are is read from the graph, so that slices of tables that
+coremltools folds are seen. The program's text is told by counting operations, with the bytes for each kind that were fitted to
+18 packages of 2- to 12-layer BERT, ViT, GPT-2 and Llama (28 to 108 kB, 8 and 4 bits): within 8 % there, 13 % too little where
+half of all layers get factors for their channels, which only calibration decides. The Manifest has about 617 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+__all__ = ["package_bytes", "weight_bytes"]
+
+_BLOCK, _SMALLEST, _MANIFEST = 64, 10, 617
+_FIXED = 8500
+_TEXT = {"slice": 1000, "quantize": 750, "weight": 1150, "layer": 60, "other": 80}
+"""Bytes of program text for each operation of the graph, its constants and their names included."""
+_KINDS = {
+    **dict.fromkeys(("slice", "select", "split_with_sizes"), "slice"),
+    "quantize_dequantize": "quantize",
+    **dict.fromkeys(("dequantize", "embedding"), "weight"),
+    **dict.fromkeys(("linear", "conv2d", "convolution", "layer_norm", "addmm"), "layer"),
+    **dict.fromkeys(
+        ("expand", "clone", "_assert_tensor_metadata", "alias", "_to_copy", "arange", "detach", "full", "unsqueeze"), ""
+    ),
+    "scaled_dot_product_attention": "",
+}
+_CARRIED = ("compress.dequantize", "compress.embedding")
+
+
+def package_bytes(program: ExportedProgram, half: bool) -> int:
+    """Bytes of the files of a package; ``half``: floats in the program have 16 bits."""
+    return _MANIFEST + _text_bytes(program.graph) + weight_bytes(program, half)
+
+
+def weight_bytes(program: ExportedProgram, half: bool) -> int:
+    """Bytes of ``weight.bin``."""
+    total = _BLOCK
+    for tensor in _stored(program):
+        bits = tensor.element_size() * 8
+        if tensor.is_floating_point():
+            bits = 16 if half else 32
+        elif tensor.dtype not in (torch.int8, torch.uint8):
+            continue  # other integers stand in the program's text
+        if tensor.numel() >= _SMALLEST:
+            total += _BLOCK + -(-tensor.numel() * bits // 8 // _BLOCK) * _BLOCK
+    return total
+
+
+def _text_bytes(graph: fx.Graph) -> int:
+    total = _FIXED
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "call_function" and (kind := _KINDS.get(name.split(".")[1] if "." in name else name, "other")):
+            total += _TEXT[kind]
+    return total
+
+
+def _stored(program: ExportedProgram) -> Iterator[Tensor]:
+    """Constants that operations on real values read, each once: parameters, and what folds out of them."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    state: dict[str, Any] = {**program.state_dict, **program.constants}
+    constant: set[fx.Node] = set()
+    used: dict[Any, Tensor] = {}
+    for node in program.graph.nodes:
+        carried = str(node.target).startswith(_CARRIED)
+        held_there = node.op == "placeholder" and node.name in names
+        folds = node.op == "call_function" and not carried and all(item in constant for item in node.all_input_nodes)
+        if held_there or folds:
+            constant.add(node)
+        elif node.op != "placeholder":
+            for item in node.all_input_nodes:
+                held = item.meta.get("val")
+                if item in constant and isinstance(held, Tensor):
+                    used.setdefault(_identity(item, names, state), held)
+    yield from used.values()
+
+
+def _identity(node: fx.Node, names: dict[str, str], state: dict[str, Any]) -> Any:
+    """Equal for names of one tensor."""
+    tensor = state.get(names[node.name]) if node.name in names else None
+    return node if tensor is None else (tensor.data_ptr(), math.prod(tensor.shape), tensor.dtype)
