@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from compress.report import Report
     from compress.sources import Source
 
-__all__ = ["Answer", "Program", "Reads", "labels_of"]
+__all__ = ["Answer", "Program", "Reads", "labels_of", "plain_tokenizer"]
 
 Answer = Literal["classes", "score", "embedding", "token", "features"]
 """What the output is: scores of classes, one score, an embedding, scores of the next token, or states."""
@@ -27,7 +28,9 @@ class Program:
         settings: the preprocessing of the run: ``ImageEncoder``'s settings, or those of the text.
         tokens: length that text is padded and cut to; 0 for other data.
         labels: names of the classes in order, or an empty list.
+        tokenizer: how ``tokenizers`` alone does what the run did; None where transformers is needed, or there is no text.
         library: for TensorRT, the Python module: ``tensorrt`` or ``tensorrt_rtx``.
+        kept: whether the run folder keeps rows.
     """
 
     model: str
@@ -38,12 +41,13 @@ class Program:
     settings: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
     labels: list[str] = field(default_factory=list)
+    tokenizer: dict[str, Any] | None = None
     library: str = "tensorrt"
     kept: bool = False
 
     @classmethod
-    def of(cls, report: Report, source: Source, interface: Interface, *, library: str, kept: bool) -> Program:
-        """Reads it from the report and the model's source."""
+    def of(cls, report: Report, source: Source, interface: Interface, folder: Path, library: str) -> Program:
+        """Reads it from the report, the model's source and the run folder."""
         rows = report.data["calibration"]
         settings = dict(rows["preprocessing"])
         reads: Reads = "arrays"
@@ -60,8 +64,9 @@ class Program:
             settings=settings,
             tokens=int(settings.get("tokens") or rows.get("windows", {}).get("tokens", 0)),
             labels=labels_of(source),
+            tokenizer=plain_tokenizer(source, folder) if "text" in reads else None,
             library=library,
-            kept=kept,
+            kept=(folder / "kept.safetensors").is_file(),
         )
 
     @property
@@ -100,7 +105,33 @@ class Program:
     @property
     def needs(self) -> str:
         """Python packages that make rows, beside numpy and safetensors."""
-        return {"text": "transformers", "running text": "transformers", "images": "pillow"}.get(self.reads, "")
+        text = "tokenizers" if self.tokenizer else "transformers"
+        return {"text": text, "running text": text, "images": "pillow"}.get(self.reads, "")
+
+
+def plain_tokenizer(source: Source, folder: Path) -> dict[str, Any] | None:
+    """What padding and cutting need, where ``tokenizer.json`` in the run folder holds all of the model's tokenizer.
+
+    None where transformers changes what that file says, or there is no such file.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / "source" / "tokenizer.json"
+    raw = source.tokenizer.raw if source.tokenizer is not None else None
+    backend = getattr(raw, "backend_tokenizer", None)
+    if raw is None or backend is None or not file.is_file():
+        return None
+    stored, used = Tokenizer.from_file(str(file)), Tokenizer.from_str(backend.to_str())
+    for tokenizer in (stored, used):
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+    if stored.to_str() != used.to_str() or raw.pad_token is None:
+        return None
+    padding = {"pad_id": raw.pad_token_id, "pad_token": str(raw.pad_token)}
+    padding |= {"direction": raw.padding_side} if raw.padding_side != "right" else {}
+    padding |= {"pad_type_id": raw.pad_token_type_id} if raw.pad_token_type_id else {}
+    cutting = {"direction": raw.truncation_side} if raw.truncation_side != "right" else {}
+    return {"padding": padding, "cutting": cutting}
 
 
 def labels_of(source: Source) -> list[str]:

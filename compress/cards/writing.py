@@ -55,9 +55,8 @@ def write(folder: Path, report: Report, recipe: Recipe, source: Source) -> list[
         if not rows or exporter.format not in _PROGRAMS:
             continue
         path = folder / exporter.filename
-        kept = (folder / "kept.safetensors").is_file()
         library = "tensorrt_rtx" if "RTX" in str(rows[0].details.get("builder", "RTX")) else "tensorrt"
-        program = Program.of(report, source, interface(exporter, rows[0], path), library=library, kept=kept)
+        program = Program.of(report, source, interface(exporter, rows[0], path), folder, library)
         for name, text in _texts(environment, exporter, program, rows, report, recipe, folder):
             written.append(_put(path.parent / name, text))
     return written
@@ -85,7 +84,7 @@ def _told(exporter: Exporter, program: Program) -> dict[str, Any]:
     return {
         "cpp": _CPP,
         "names": ", ".join(names),
-        "text_names": "(" + ", ".join(json.dumps(name) for name in text_names) + ("," if len(text_names) == 1 else "") + ")",
+        "text_names": text_names,
         "image": _image(program.settings) if program.reads == "images" else None,
         "labelled": program.kept and program.answer != "token",
         "text_at_hand": program.reads in ("text", "running text"),
@@ -124,13 +123,18 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         autoescape=False,
     )
-    made.filters |= {"quoted": _quoted, "plain": _plain, "cell": _cell, "rows_shape": _rows_shape}
+    made.filters |= {"quoted": _quoted, "plain": _plain, "cell": _cell, "rows_shape": _rows_shape, "arguments": _arguments}
     return made
 
 
 def _quoted(text: str) -> str:
     """A string literal of Python, C++ and Swift alike."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def _arguments(given: dict[str, Any]) -> str:
+    """Keyword arguments of a Python call, each after a comma."""
+    return "".join(f", {name}={_quoted(value) if isinstance(value, str) else value}" for name, value in given.items())
 
 
 def _plain(text: str) -> str:

@@ -22,6 +22,7 @@ import yaml
 
 from calibrate.fidelity import sqnr_db
 from compress import cards, report
+from compress.cards.program import plain_tokenizer
 from compress.datasets import load_data
 from compress.preparation import model_of
 from compress.recipe import Recipe, read
@@ -299,6 +300,25 @@ def test_wrong_pixels_are_seen(runs: Callable[[str], Run], tmp_path: Path) -> No
         (copy / "run.py").write_text(text.replace(old, new))
         told = answers(started(copy / "run.py", *run.given, "--json"))
         assert sqnr_db(run.outputs("onnx"), torch.tensor([answer["output"] for answer in told])) < 60
+
+
+def test_text_needs_transformers_only_where_the_file_is_not_all(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    """Where ``tokenizer.json`` says other things than the tokenizer of the run does, the program asks transformers, with the
+    same result."""
+    run = runs("bert")
+    assert "transformers" not in (run.folder / "onnx/run.py").read_text()
+    assert plain_tokenizer(run.source, run.folder) is not None
+    shutil.copytree(run.folder, tmp_path / "run")
+    stored = tmp_path / "run/source/tokenizer.json"
+    whole = stored.read_text()
+    stored.write_text(whole.replace('"good"', '"fine"'))
+    assert stored.read_text() != whole
+    assert plain_tokenizer(run.source, tmp_path / "run") is None
+    run.write(tmp_path / "run")
+    stored.write_text(whole)
+    assert "tokenizers" not in (tmp_path / "run/onnx/run.py").read_text()
+    told = answers(started(tmp_path / "run/onnx/run.py", *run.given, "--json"))
+    assert sqnr_db(run.outputs("onnx"), torch.tensor([answer["output"] for answer in told])) > 100
 
 
 @pytest.mark.parametrize("family", ["digits", "bert", "pairs", "causal"])
