@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,15 @@ from calibrate.errors import UserError
 from calibrate.inventory import inventory
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy, find
+from compress.checks import placed
 from compress.passes.contract import Pass, Target
 from compress.surgery import Edit, Surgery
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.sources import Source
-    from compress.yaml_positions import Step
 
-__all__ = ["Rehearsal", "Rehearsed", "placed", "rehearse", "stand_in"]
+__all__ = ["Rehearsal", "Rehearsed", "rehearse", "stand_in"]
 
 
 @dataclass(frozen=True)
@@ -85,17 +84,6 @@ def rehearse(recipe: Recipe, source: Source, anatomy: Anatomy, example: Batch) -
                 since.setdefault(path, number)
     _carried(recipe, model, blame)
     return Rehearsal(model, tuple(steps), tuple(surgery.edits))
-
-
-@contextmanager
-def placed(recipe: Recipe, *path: Step) -> Iterator[None]:
-    """Puts the place of a pass or an exporter in the recipe before what it says of a mistake."""
-    try:
-        yield
-    except UserError as error:
-        place = recipe.place(*path)
-        error.where = f"{place}: {error.where}" if error.where else place
-        raise
 
 
 def stand_in(model: nn.Module) -> nn.Module:

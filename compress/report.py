@@ -194,7 +194,9 @@ class Report(_Record):
     data: dict[str, Any]
     machine: dict[str, Any]
     seconds: dict[str, float] = Field(description="wall time of each part of the run")
-    peak_memory_bytes: int = Field(description="largest resident size of the process")
+    peak_memory_bytes: int = Field(
+        description="largest resident size of the process; while TensorRT builds, of it and the builder's process together"
+    )
     folder: str = Field("", description="the run folder as it was named")
 
 

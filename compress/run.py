@@ -21,7 +21,7 @@ from compress import manifest, report
 from compress.anatomy import Anatomy, find
 from compress.blocks import compare, keep_outputs
 from compress.checkpoints import Checkpoints, Subject
-from compress.checks import check, check_exporters, placed
+from compress.checks import check_exporters, placed
 from compress.datasets import Data, load_data
 from compress.each_pass import EachPass, linked, with_final_paths
 from compress.identity import identity
@@ -30,6 +30,7 @@ from compress.judgement import Judge, Promise, unjudged, verdict, with_float_tim
 from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
+from compress.rehearsal import rehearse
 from compress.report import BlockFidelity, Report, Row, StepRecord
 from compress.role_bytes import Roles
 from compress.run_folder import locked, own, prepare, writable
@@ -129,7 +130,7 @@ def apply(
         subject, steps = passes(run)
         compressed = saved(run, subject, stands(steps))
         artifacts, made = files(run, subject.model, steps)
-        told = _report(run, [*rows, *made], compressed, steps, subject)
+        told = _report(run, [*rows, *made], compressed, steps, subject, artifacts)
         report.write(told, out)
         manifest.write(out, recipe, run.source, run.data, artifacts)
         _companions(run, told)
@@ -147,7 +148,7 @@ def _begun(recipe: Recipe, out: Path, trust: bool, evaluate: bool, fresh: bool, 
         data = load_data(recipe, source, evaluation=evaluate)
     with clock("anatomy"), progress.step("find the parts of the model"):
         anatomy = _anatomy(recipe, source, source.model, data)
-        check(recipe, source.model, anatomy)
+        rehearse(recipe, source, anatomy, data.example)
         check_exporters(recipe, Traceable(source.model, source.signature, data.example, source.name))
     journal = Journal(out, recipe.seed, progress)
     if not journal.begin(recipe.name, identity(recipe, source, data, out, evaluate=evaluate), fresh=fresh):
@@ -281,7 +282,21 @@ def _written(run: Run, number: int, exporter: Exporter, source: Traceable, path:
     return Artifact(exporter.format, path, told["size_bytes"], told["details"])
 
 
-def _report(run: Run, rows: list[Row], compressed: Row | None, steps: list[StepRecord], subject: Subject) -> Report:
+def _peak(run: Run, artifacts: dict[str, Artifact]) -> int:
+    """The most memory at one time, in bytes, together with processes that were started to write a file."""
+    written = [*artifacts.values(), *(run.judge.floats.values() if run.judge else ())]
+    together = [int(artifact.details.get("peak_memory_bytes", 0)) for artifact in written]
+    return max(run.journal.peak_memory_bytes, *together, 0)
+
+
+def _report(
+    run: Run,
+    rows: list[Row],
+    compressed: Row | None,
+    steps: list[StepRecord],
+    subject: Subject,
+    artifacts: dict[str, Artifact],
+) -> Report:
     rows = with_float_times(rows)
     limits = verdict(rows, run.recipe.accept) if run.judge else []
     met = all(limit.met for limit in limits)
@@ -307,7 +322,7 @@ def _report(run: Run, rows: list[Row], compressed: Row | None, steps: list[StepR
         data=run.data.describe(),
         machine=manifest.machine(run.recipe.threads),
         seconds={**run.clock.seconds, **run.journal.seconds},
-        peak_memory_bytes=run.journal.peak_memory_bytes,
+        peak_memory_bytes=_peak(run, artifacts),
         folder=str(run.out),
     )
 

@@ -7,7 +7,8 @@ fraction of a second. The job is a JSON file; the answer is written to the path 
 * job: ``library`` (``tensorrt`` or ``tensorrt_rtx``), ``onnx``, ``engine``, ``answer`` (paths), ``profile`` (input
   name -> [minimum, optimum, maximum] shapes; empty for fixed shapes), ``compute_capabilities`` (``"8.6"`` ...),
   ``optimization_level`` (or null), ``parent`` (process id of who waits; when that is killed, so is this).
-* answer: ``{"ok": true, "version", "seconds", "bytes", "warnings"}`` or ``{"ok": false, "stage", "node", "errors"}``.
+* answer: ``{"ok": true, "version", "seconds", "bytes", "peak_bytes", "warnings"}`` or ``{"ok": false, "stage", "node",
+  "errors"}``.
 """
 
 from __future__ import annotations
@@ -55,8 +56,19 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         "version": trt.__version__,
         "seconds": seconds,
         "bytes": engine.nbytes,
+        "peak_bytes": _peak_bytes(),
         "warnings": logger.warnings,
     }
+
+
+def _peak_bytes() -> int:
+    """Largest resident size of this process, or 0 where the system does not say: ``getrusage`` would count the parent's, which
+    a new process begins with."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return 0
 
 
 def _config(trt: Any, builder: Any, network: Any, job: dict[str, Any]) -> Any:

@@ -82,11 +82,12 @@ _HINTS = (
 
 @dataclass(frozen=True)
 class Built:
-    """What the builder said: its version, the time inside its process, and its warnings."""
+    """What the builder said: its version, the time inside its process, its warnings, and the peak memory of its process."""
 
     version: str
     seconds: float
     warnings: tuple[str, ...]
+    peak_bytes: int = 0
 
 
 def product(builder: str) -> str:
@@ -145,7 +146,7 @@ def build_engine(
         for path in (job_path, answer_path):
             path.unlink(missing_ok=True)
     if answer["ok"]:
-        return Built(answer["version"], answer["seconds"], tuple(answer["warnings"]))
+        return Built(answer["version"], answer["seconds"], tuple(answer["warnings"]), answer["peak_bytes"])
     engine.unlink(missing_ok=True)
     raise _refused(builder, answer)
 

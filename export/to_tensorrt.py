@@ -23,6 +23,7 @@ from calibrate.signature import TensorSpec
 from export.contract import Artifact, Contents, Exporter, Forecast, NotRun, Runner
 from export.engine_listing import builder_of
 from export.graph import Traceable, weight_only
+from export.memory import resident_bytes
 from export.tensorrt_contents import engine_contents, engine_report, qdq_path
 from export.tensorrt_job import LIBRARIES, build_engine, product
 from export.tensorrt_runners import EngineRunner, ProxyRunner, gpu_name
@@ -133,6 +134,7 @@ class TensorRTExporter(Exporter):
                 "opset": _OPSET,
                 "profile": ranges,
                 "build_seconds": round(built.seconds, 3),
+                "peak_memory_bytes": resident_bytes() + built.peak_bytes,
                 "qdq_file": onnx.name,
                 **engine_report(engine),
                 "warnings": sorted(set(built.warnings))[:8],
