@@ -43,31 +43,29 @@ def by_need(found: Sequence[BlockFidelity]) -> list[BlockFidelity]:
 
 def _earlier(name: str, found: Sequence[BlockFidelity], undone: bool, number: int, count: int) -> dict[str, Any]:
     """A pass before the end: a thin line; the earlier, the fainter; dotted where the pass was taken back."""
-    shown = [block for block in found if block.sqnr_db is not None]
     tone = max(1, 3 - (count - 1 - number))
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": escape(name) + (" (taken back)" if undone else ""),
-        "x": [block.index for block in shown],
-        "y": [block.sqnr_db for block in shown],
+        "x": [block.index for block in found],
+        "y": [block.sqnr_db for block in found],
         "line": {"color": f"var(--tone-{tone})", "width": 1.5, "dash": "dot" if undone else "solid"},
         "marker": {"size": 6, "symbol": "circle-open" if undone else "circle"},
         "hoverinfo": "text",
-        "hovertext": [f"{_block(block)}<br>{escape(name)}" for block in shown],
+        "hovertext": [f"{_block(block)}<br>{escape(name)}" for block in found],
     }
 
 
 def _final(found: Sequence[BlockFidelity], several: bool) -> dict[str, Any]:
-    shown = [block for block in found if block.sqnr_db is not None]
-    low = min((block.sqnr_db for block in shown if block.sqnr_db is not None), default=-math.inf)
-    worst = [block.sqnr_db == low and len(shown) > 1 for block in shown]
+    known = [block.sqnr_db for block in found if block.sqnr_db is not None]
+    worst = [len(known) > 1 and block.sqnr_db == min(known) for block in found]
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": "at the end" if several else "SQNR",
-        "x": [block.index for block in shown],
-        "y": [block.sqnr_db for block in shown],
+        "x": [block.index for block in found],
+        "y": [block.sqnr_db for block in found],
         "line": {"color": "var(--mark-1)", "width": 2.5},
         "marker": {
             "size": [14 if bad else 8 for bad in worst],
@@ -77,11 +75,13 @@ def _final(found: Sequence[BlockFidelity], several: bool) -> dict[str, Any]:
             "line": {"color": "var(--paper)", "width": 1.5},
         },
         "hoverinfo": "text",
-        "hovertext": [_block(block) for block in shown],
+        "hovertext": [_block(block) for block in found],
     }
 
 
 def _block(block: BlockFidelity) -> str:
+    if block.sqnr_db is None:  # a gap in the line, which cannot be pointed at
+        return ""
     return f"<b>block {block.index}</b> {escape(block.path)}<br>{block.sqnr_db:.1f} dB over {block.rows} rows"
 
 
@@ -93,8 +93,10 @@ def _worst(found: Sequence[BlockFidelity]) -> list[dict[str, Any]]:
     assert worst.sqnr_db is not None
     text = f"<b>worst: block {worst.index}, {worst.sqnr_db:.1f} dB</b>"
     anchor = "left" if worst.index < max(block.index for block in found) / 2 else "right"
+    under = worst.sqnr_db > 0.2 * max(block.sqnr_db or 0.0 for block in known)
+    place: dict[str, Any] = {"yanchor": "top" if under else "bottom", "yshift": -12 if under else 12}
     font = {**MUTED, "size": 13, "color": "var(--missed)"}
-    return [note(text, worst.index, worst.sqnr_db, anchor, "top", xref="x", yref="y", yshift=-12, font=font)]
+    return [note(text, worst.index, worst.sqnr_db, xanchor=anchor, xref="x", yref="y", font=font, **place)]
 
 
 def _gone(found: Sequence[BlockFidelity]) -> list[dict[str, Any]]:
@@ -106,7 +108,7 @@ def _without(found: Sequence[BlockFidelity]) -> list[dict[str, Any]]:
     """A word where a block has no figure: it is gone, it could not be compared, or nothing differs in it."""
     at = {"xref": "x", "yref": "paper", "textangle": -90}
     words = [(block, "gone" if block.gone else "no figure" if block.note else "equal") for block in found]
-    return [note(word, block.index, 0.97, "center", "top", **at) for block, word in words if block.sqnr_db is None]
+    return [note(word, block.index, 0.04, "center", "bottom", **at) for block, word in words if block.sqnr_db is None]
 
 
 def _words(found: Sequence[BlockFidelity]) -> str:

@@ -122,7 +122,7 @@ def _smaller(row: Row) -> tuple[str, str]:
 
 
 def _paces(row: Row) -> list[tuple[str, str]]:
-    """The change of time at each batch size; where the interval holds 1 there is no change to speak of."""
+    """The change of time at each batch size; none where the interval holds 1, the interval itself where it is wide."""
     return [(_pace(latency), f" at batch {latency.batch}") for latency in row.latency if latency.ratio is not None]
 
 
@@ -130,7 +130,9 @@ def _pace(latency: Latency) -> str:
     assert latency.ratio is not None
     low = latency.ratio_low if latency.ratio_low is not None else latency.ratio
     high = latency.ratio_high if latency.ratio_high is not None else latency.ratio
-    return "as fast as float" if low <= 1 <= high else wording.times(latency.ratio, "faster", "slower")
+    if low <= 1 <= high:
+        return "as fast as float"
+    return wording.times(latency.ratio, "faster", "slower") if high < 1.25 * low else wording.paces(low, high)
 
 
 def _lost(row: Row) -> tuple[str, str]:

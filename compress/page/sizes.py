@@ -64,7 +64,7 @@ def roles(report: Report) -> list[RoleBar]:
 def _role(name: str, before: int, after: int, largest: int) -> RoleBar:
     ratio = wording.ratio(after / before) if before else "new"
     shares = (round(100 * before / largest, 2), round(100 * after / largest, 2))
-    return RoleBar(name, wording.size(before), wording.size(after) if after else "gone", ratio, *shares)
+    return RoleBar(wording.roles(name), wording.size(before), wording.size(after) if after else "gone", ratio, *shares)
 
 
 def files(report: Report) -> list[FileBytes]:

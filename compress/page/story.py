@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -79,6 +80,7 @@ class Judged:
     path: str
     note: str
     kept: str
+    beside: tuple[str, ...]
     checks: tuple[Check, ...]
     audit: str
     whole: bool
@@ -201,13 +203,18 @@ def _flat(told: Any, before: str = "") -> dict[str, Any]:
     return found
 
 
-def judged(report: Report) -> list[Judged]:
-    """Each file and runtime: how it was run, what was checked, what it holds."""
-    numbers = marks(report.rows)
-    return [_judged(row, numbers[row.label]) for row in report.rows if row.validated != "reference"]
+def judged(report: Report, beside: Sequence[str] = ()) -> list[Judged]:
+    """Each file and runtime: how it was run, what was checked, what it holds, and what lies next to it."""
+    numbers, found = marks(report.rows), []
+    for row in report.rows:
+        if row.validated != "reference":
+            folder = f"{PurePosixPath(row.path).parts[0]}/" if row.path else "/"
+            near = tuple(path for path in beside if path.startswith(folder)) if row.label == row.format else ()
+            found.append(_judged(row, numbers[row.label], near))
+    return found
 
 
-def _judged(row: Row, mark: int) -> Judged:
+def _judged(row: Row, mark: int, near: tuple[str, ...]) -> Judged:
     audit, whole = "", True
     if row.audit is not None:
         whole = row.audit.equal == row.audit.layers
@@ -226,6 +233,7 @@ def _judged(row: Row, mark: int) -> Judged:
         path=row.path,
         note=row.note,
         kept=_kept(row),
+        beside=near,
         checks=tuple(row.checks),
         audit=audit,
         whole=whole,

@@ -13,9 +13,11 @@ __all__ = [
     "interval",
     "listed",
     "memory",
+    "paces",
     "plain",
     "ratio",
     "ratio_interval",
+    "roles",
     "seconds",
     "share",
     "size",
@@ -72,18 +74,35 @@ def memory(stored: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds to two or three digits; from two minutes on, minutes too."""
+    """Seconds to two or three digits; from two minutes on minutes too, below a tenth milliseconds."""
     if value >= 120:
-        return f"{int(value // 60)} min {value % 60:02.0f} s"
-    return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
+        return f"{int(value // 60)} min {int(value % 60):02} s"
+    if value >= 1:
+        return f"{value:.1f} s"
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.0f} ms"
 
 
 def times(value: float, smaller: str, larger: str) -> str:
     """A ratio in words: ``3.3 times smaller`` for 0.31, ``1.6 times larger`` for 1.58, ``equal`` very near one."""
     factor, word = (1 / value, smaller) if value < 1 else (value, larger)
-    if factor < 1.005:
-        return f"no {smaller}"
-    return f"{factor:.2g} times {word}" if factor < 9.95 else f"{factor:.0f} times {word}"
+    return f"no {smaller}" if factor < 1.005 else f"{_factor(factor)} times {word}"
+
+
+def paces(low: float, high: float) -> str:
+    """The interval of a ratio of times in words, both ends on one side of 1: ``1.8 to 7.1 times faster``."""
+    ends, word = ((1 / high, 1 / low), "faster") if high < 1 else ((low, high), "slower")
+    return f"{_factor(ends[0])} to {_factor(ends[1])} times {word}"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.2g}" if value < 9.95 else f"{value:.0f}"
+
+
+def roles(names: str) -> str:
+    """Roles that share a layer, with what they have in common said once: ``attention.query, key, value``."""
+    first, *others = names.split(", ")
+    start = first.rpartition(".")[0] + "."
+    return ", ".join([first, *(name.removeprefix(start) for name in others)]) if start != "." else names
 
 
 def listed(parts: list[str]) -> str:

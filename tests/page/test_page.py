@@ -151,6 +151,10 @@ def test_a_missed_line_is_marked_where_its_figure_stands_and_nowhere_else() -> N
         ({"latency": [latency(1, 5.0, 1.6, "onnx")]}, "(90.22 MB → 23.14 MB), 1.6 times slower at batch 1"),
         ({"size_ratio": 1.58}, "1.6 times larger (14.65 MB → 23.14 MB); "),
         ({"latency": [latency(1, 5.0, 1.0, "onnx")]}, "as fast as float at batch 1"),
+        (
+            {"latency": [latency(1, 5.0, 0.17, "onnx").model_copy(update={"ratio_low": 0.14, "ratio_high": 0.57})]},
+            "1.8 to 7.1 times faster at batch 1",
+        ),
         ({"drop": drop(0.02)}, "drop +0.0200 [+0.013, +0.027]; 98.97% of predictions as float; time not measured."),
         ({"drop": drop(0.001)}, "drop +0.0010 [-0.006, +0.008], which includes no loss; "),
         ({"validated": "none", "drop": None, "agreement": None, "note": "no such device"}, "; not run: no such device."),
@@ -252,7 +256,7 @@ def test_the_worst_block_is_named_and_gone_blocks_are_marked() -> None:
     assert plot is not None
     assert "Taken out: block 4." in plot.says
     assert [shape["x0"] for shape in plot.layout["shapes"]] == [3.6]
-    assert 4 not in plot.data[-1]["x"]
+    assert dict(zip(plot.data[-1]["x"], plot.data[-1]["y"], strict=True))[4] is None, "a gap in the line"
     assert block_plot.by_need(gone.blocks)[-1].index == 4
     equal = full(blocks=[block.model_copy(update={"sqnr_db": None, "gone": False}) for block in made.blocks], steps=[])
     assert block_plot.blocks(equal) is None
@@ -545,6 +549,19 @@ def test_a_pass_that_reports_nothing_known_is_shown_all_the_same() -> None:
     shown = parsed(full(steps=[step])).text("steps")
     assert "own" in shown
     assert "nothing but its defaults" in shown
+
+
+def test_roles_that_share_a_layer_say_once_what_they_have_in_common() -> None:
+    assert wording.roles("attention.query, attention.key, attention.value") == "attention.query, key, value"
+    assert wording.roles("mlp.up, attention.key") == "mlp.up, attention.key"
+    assert wording.roles("embedding, head") == "embedding, head"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(0.004, "4 ms"), (0.5, "0.50 s"), (3.31, "3.3 s"), (119.9, "119.9 s"), (179.9, "2 min 59 s")]
+)
+def test_times_of_parts(value: float, told: str) -> None:
+    assert wording.seconds(value) == told
 
 
 def test_rows_of_one_label_share_a_mark_and_float_has_its_own() -> None:
