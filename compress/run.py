@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -328,11 +327,11 @@ def _report(
 
 
 def _companions(run: Run, told: Report) -> None:
-    """What stands beside the files for people: model cards, snippets, the page."""
-    if importlib.util.find_spec("compress.cards") is not None:
-        importlib.import_module("compress.cards").write(run.out, told, run.recipe, run.source)
-    if importlib.util.find_spec("compress.page") is not None:
-        importlib.import_module("compress.page").write(run.out)
+    """What stands beside the files for people: model cards, programs that run them, the page."""
+    from compress import cards, page
+
+    cards.write(run.out, told, run.recipe, run.source)
+    page.write(run.out)
 
 
 @dataclass

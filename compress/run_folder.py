@@ -69,8 +69,11 @@ def prepare(out: Path, recipe: Recipe) -> None:
         if (out / stale).exists():
             shutil.rmtree(out / stale)
     unfinished = out / _BEGUN
-    unfinished.write_text(recipe.text)
-    os.replace(unfinished, out / "recipe.yaml")
+    try:
+        unfinished.write_text(recipe.text)
+        os.replace(unfinished, out / "recipe.yaml")
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
