@@ -6,7 +6,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,7 @@ def capture(
     *,
     batch_size: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
+    whole: bool = True,
 ) -> Captured:
     """Feeds what the module at each path receives, as [N, C], to the observers requested there: one sweep for all.
 
@@ -62,6 +63,7 @@ def capture(
         call: runs the model on one batch.
         batch_size: batches are cut into pieces of at most this many rows; None leaves them.
         progress: is told the number of rows done.
+        whole: False leaves each batch when the last requested site has its input, as counted on one row.
 
     Raises:
         UserError: there is no batch, or a counted position holds NaN or infinity (names the site, the batch, the row).
@@ -74,10 +76,13 @@ def capture(
     leaders = shared_inputs(model, call, first, asked)
     with _measuring(model):
         sweep = _Sweep({path: requests[path] for path in requests if leaders.get(path, path) == path})
+        if not whole:
+            sweep.last = _inputs_in_one_call(model, call, first, sweep.requests)
         with _hooks(model, sweep.requests, sweep.observe):
             for number, batch in enumerate(itertools.chain([first], pieces)):
                 sweep.start(number, batch)
-                call(model, batch)
+                with suppress(_Enough):
+                    call(model, batch)
                 progress(sweep.rows)
     shared = {path: leader for path, leader in leaders.items() if path != leader}
     return Captured(
@@ -141,9 +146,13 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
     return None
 
 
+class _Enough(Exception):
+    """The last requested site of a batch has its input."""
+
+
 @dataclass
 class _Sweep:
-    """Where the sweep is: the batch, its mask, its first row; and which sites ran."""
+    """Where the sweep is: the batch, its mask, its first row; which sites ran; inputs seen, and after how many to stop."""
 
     requests: Mapping[str, Sequence[Observer]]
     rows: int = 0
@@ -153,13 +162,22 @@ class _Sweep:
     numbers: Tensor | None = None
     ran: set[str] = field(default_factory=set)
     unmasked: set[str] = field(default_factory=set)
+    seen: int = 0
+    last: int | None = None
 
     def start(self, number: int, batch: Batch) -> None:
         self.number, self.size, self.mask = number, _rows(batch), batch.get("attention_mask")
         self.numbers = batch.get("calibration_row")
         self.rows += self.size
+        self.seen = 0
 
     def observe(self, path: str, module: nn.Module, x: Tensor) -> None:
+        self._take(path, module, x)
+        self.seen += 1
+        if self.seen == self.last:
+            raise _Enough
+
+    def _take(self, path: str, module: nn.Module, x: Tensor) -> None:
         self.ran.add(path)
         valid = counted(x, self.mask)
         if valid is None and self.mask is not None:
@@ -190,6 +208,14 @@ class _Sweep:
             f"{kind} in its input in {where}",
             "Take that row out, or mend the model: it is not quantized here yet.",
         )
+
+
+def _inputs_in_one_call(model: nn.Module, call: Call, batch: Batch, paths: Iterable[str]) -> int:
+    """How many inputs the modules at these paths receive in one call."""
+    seen: list[str] = []
+    with _hooks(model, paths, lambda path, module, x: seen.append(path)):
+        call(model, {name: tensor[:1] for name, tensor in batch.items()})
+    return len(seen)
 
 
 @contextmanager

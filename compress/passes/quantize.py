@@ -1,33 +1,41 @@
-"""Round-to-nearest quantization of weights and activations."""
+"""Quantization of weights and activations to integers."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from calibrate.capture import Captured, capture, shared_inputs
 from calibrate.errors import UserError
 from calibrate.grid import Bits, Granularity, Grid
-from calibrate.ranges import Channels, Observer, RangeMethod, RangeObserver, range_observer, storable
-from compress.algorithms.rounding import WeightRange, codes_of, rounding_loss, scales_of
-from compress.algorithms.smoothing import Smoothing, smoothing
+from calibrate.ranges import Channels, Observer, RangeMethod, range_observer
+from calibrate.second_moment import SecondMoment
+from compress.algorithms.gptq import NotPositiveDefinite, gptq, output_error, refined
+from compress.algorithms.rounding import WeightRange, codes_of, scales_of
+from compress.algorithms.smoothing import Smoothing, balanced, smoothing
 from compress.anatomy import Anatomy, Site
-from compress.layers import QuantConv2d, is_quantized
+from compress.folding import folds
+from compress.layers import is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
+from compress.layers.fitting import Seen, column_energy, fit_input, shift_bias, store_weight
 from compress.passes.contract import Context, Pass, Target, blank
 from compress.surgery import Surgery
 from compress.tied import Ties
 
 __all__ = ["Quantize"]
 
-_ENOUGH_DB, _WORTH_DB = 28.0, 3.0
-"""A layer's input is smoothed where its output is expected below the first, and at least the second is gained."""
+_WORTH_DB, _WORTH_FOLDED_DB = 3.0, 0.5
+"""What factors have to gain where the layer multiplies by them, and where they are folded into the layer before."""
+
+_HALF = 0.5
+"""What rounding by the output is expected to leave of the noise of rounding to the nearest code."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,14 @@ class Quantize(Pass):
     """Round weights, and the inputs of the layers that hold them, to integers.
 
     A weight becomes integer codes with one scale for each output channel, group of inputs or tensor; it is rounded to
-    the nearest code (Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295). Static activations get
-    one scale for each tensor from calibration rows, in which padded positions do not count; layers that read the same
-    tensor share its scale. Scales are float16 numbers, so that every artifact holds the same ones.
+    the nearest code (Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295), or so that the layer's
+    output on the calibration rows changes least (``rounding: gptq``; Frantar et al. 2023, arXiv 2210.17323), block after
+    block, on the inputs that the blocks already quantized give. Static activations get one scale for each tensor from
+    calibration rows, in which padded positions do not count; layers that read the same tensor share its scale. Scales are
+    float16 numbers, so that every artifact holds the same ones.
+
+    Factors that smooth an input (``smooth``) move into the norm or the projection that makes the input wherever nothing
+    else reads it, which costs nothing when the model runs: that layer's weight and bias change too, though it is no target.
 
     Handles linear layers, GPT-2's Conv1D (turned into a linear layer), 2-D convolutions and embeddings. Without
     ``sites`` it takes every projection inside the blocks: not the embeddings, not the norms, not the head. What it
@@ -54,7 +67,8 @@ class Quantize(Pass):
 
     name: ClassVar[str] = "quantize"
     source: ClassVar[str] = (
-        "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438"
+        "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
+        "Frantar et al. 2023, arXiv 2210.17323; Behdin et al. 2023, arXiv 2309.01885"
     )
     needs_calibration: ClassVar[bool] = True
 
@@ -96,17 +110,34 @@ class Quantize(Pass):
         description="Bits of all embedding tables, one scale for each row; a head that is tied to one shares its codes. Default: "
         "they stay float.",
     )
-    smooth: bool = Field(
+    smooth: bool | Literal["balanced"] = Field(
         True,
-        description="Where a linear layer has its input to itself, its output is expected below 28 dB, and 3 dB are "
-        "gained: each input channel is multiplied by a factor of its own before it is rounded, and the weight divided by "
-        "it (SmoothQuant, arXiv 2211.10438; the strength is searched for each layer). Costs one multiplication a layer. "
-        "Only with static activations.",
+        description="Each input channel of a linear layer is multiplied by a factor of its own before it is rounded, and the "
+        "weight divided by it (SmoothQuant, arXiv 2211.10438; the strength is searched for each tensor; balanced: each "
+        "factor by descent on the expected noise, up to a second a layer more). Where the layer that makes the tensor can "
+        "take the factors in, that is free; elsewhere it costs one multiplication a tensor, and is done where the output is "
+        "expected below smooth_below_db and 3 dB are gained. Only with static activations.",
+    )
+    smooth_below_db: float = Field(
+        28.0, description="Expected SQNR of a layer's output, in dB, below which factors are worth a multiplication."
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest",
+        description="nearest: each weight to its nearest code; gptq: the weights of linear layers so that the layer's output "
+        "on the calibration rows changes least. Needs at least as many positions in the rows as a layer has inputs.",
+    )
+    damping: float = Field(0.01, gt=0, le=1, description="Part of the mean diagonal that is added to GPTQ's Hessian.")
+    column_order: bool = Field(True, description="GPTQ rounds the inputs with the largest second moments first.")
+    refinements: NonNegativeInt = Field(
+        2, description="Rounds of coordinate descent after GPTQ (arXiv 2309.01885): no output's error grows by them."
+    )
+    unfactorable: Literal["stop", "nearest"] = Field(
+        "stop", description="What becomes of a layer whose Hessian has no Cholesky factor: an error, or the nearest codes."
     )
     bias_correction: bool = Field(
         True,
-        description="Adds to each bias what rounding the weight takes from the mean output on the calibration rows "
-        "(Nagel et al. 2019, arXiv 1906.04721, sec. 4.2). Only with static activations.",
+        description="Adds to each bias what rounding takes from the layer's mean output on the calibration rows "
+        "(Nagel et al. 2019, arXiv 1906.04721, sec. 4.2). Only with static activations or rounding: gptq.",
     )
     batch_size: PositiveInt = Field(8, description="Rows that run through the model at a time during calibration.")
 
@@ -140,17 +171,22 @@ class Quantize(Pass):
 
     @property
     def calibrates(self) -> bool:
-        return self.activations == "static"
+        return self.activations == "static" or self.rounding == "gptq"
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         jobs, skipped = self._plan(model, context.anatomy)
         captured = self._calibrate(model, context, jobs)
+        inputs = self._smoothed(model, context, jobs, captured) if captured else {}
         ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
         report: dict[str, Any] = {}
-        with torch.no_grad():
-            for done, job in enumerate(jobs):
-                context.progress(done, len(jobs), job.site.path)
-                report[job.site.path] = self._convert(model, context, job, captured, ties)
+        for stage in self._stages(jobs):
+            moments = self._moments(model, context, stage, ties)
+            with torch.no_grad():
+                for job in stage:
+                    path = job.site.path
+                    context.progress(len(report), len(jobs), path)
+                    report[path] = self._convert(model, context, job, inputs.get(path), moments.get(path), ties)
+            del moments
         context.progress(len(jobs), len(jobs), "quantized")
         context.report |= {
             "sites": report,
@@ -258,11 +294,7 @@ class Quantize(Pass):
             progress=lambda rows: context.progress(rows, context.rows, "calibration rows"),
         )
         if captured.silent:
-            raise UserError(
-                self.name,
-                f"{', '.join(captured.silent)} never ran on the calibration rows",
-                f"Leave out what does not run: skip: [{', '.join(captured.silent)}].",
-            )
+            raise self._silent(captured)
         return captured
 
     def _requests(self, model: nn.Module, context: Context, jobs: list[_Job]) -> dict[str, Sequence[Observer]]:
@@ -272,139 +304,156 @@ class Quantize(Pass):
         leaders = {} if first is None else shared_inputs(model, context.call, first, dict.fromkeys(kinds, self.range))
         importance: dict[str, Tensor] = {}
         for path, kind in kinds.items():
-            leader, columns = leaders.get(path, path), _column_energy(model.get_submodule(path), kind)
+            leader, columns = leaders.get(path, path), column_energy(model.get_submodule(path), kind)
             importance[leader] = importance[leader] + columns if leader in importance else columns
         made = {
             leader: (range_observer(self.range, self.percentile, energy), Channels()) for leader, energy in importance.items()
         }
         return {path: made[leaders.get(path, path)] for path in kinds}
 
-    def _convert(self, model: nn.Module, context: Context, job: _Job, captured: Captured | None, ties: Ties) -> dict[str, Any]:
+    def _smoothed(self, model: nn.Module, context: Context, jobs: list[_Job], captured: Captured) -> dict[str, Seen]:
+        """What was seen at each site whose input is rounded; factors that can be are folded into the model."""
+        by_path = {job.site.path: job for job in jobs if job.rounds_input}
+        inputs = {path: Seen.of(captured, path) for path in by_path}
+        if not self.smooth:
+            return inputs
+        groups: dict[str, list[_Job]] = {}
+        for path, seen in inputs.items():
+            groups.setdefault(seen.leader or path, []).append(by_path[path])
+        found = {}
+        for number, (leader, group) in enumerate(groups.items()):
+            context.progress(number, len(groups), f"factors for {leader}")
+            smoothed = self._factors(model, group, inputs[leader])
+            if smoothed is not None and smoothed.gain_db >= _WORTH_FOLDED_DB:
+                found[leader] = smoothed
+        places = folds(model, context, [[job.site for job in groups[leader]] for leader in found])
+        for leader, smoothed in found.items():
+            place = places.get(leader)
+            if place is not None:
+                place.apply(model, smoothed.factor)
+            elif smoothed.before_db >= self.smooth_below_db or smoothed.gain_db < _WORTH_DB:
+                continue
+            for job in groups[leader]:
+                path = job.site.path
+                inputs[path] = replace(inputs[path], smoothed=smoothed, folded=place.producer if place else None)
+        return inputs
+
+    def _factors(self, model: nn.Module, group: list[_Job], seen: Seen) -> Smoothing | None:
+        """Factors for a tensor that the layers of a group read, or None where a convolution is among them."""
+        if any(job.site.kind == "conv2d" for job in group) or seen.nothing:
+            return None
+        weight = torch.cat([weight_of(model.get_submodule(job.site.path), job.site.kind) for job in group])
+        channels = seen.channels
+        low, high, mean_square = (
+            statistic.to(weight.device) for statistic in (channels.low, channels.high, channels.mean_square)
+        )
+        if self.smooth == "balanced":
+            share = _HALF if self.rounding == "gptq" else 1.0
+            return balanced(weight, low, high, mean_square, group[0].grid, self._input_grid, weight_share=share)
+        return smoothing(weight, low, high, mean_square, group[0].grid, self._input_grid)
+
+    def _stages(self, jobs: list[_Job]) -> list[list[_Job]]:
+        """The jobs that are rounded on the same state of the model: all, or with GPTQ those of a block."""
+        if self.rounding == "nearest":
+            return [jobs]
+        return [list(stage) for _, stage in itertools.groupby(jobs, key=lambda job: (job.site.block, job.site.kind))]
+
+    def _moments(self, model: nn.Module, context: Context, stage: list[_Job], ties: Ties) -> dict[str, SecondMoment]:
+        """The second moments of the inputs of a stage's linear layers, as the model is now; none without GPTQ."""
+        kinds = ("linear", "conv1d")
+        paths = [job.site.path for job in stage if job.site.kind in kinds and not ties.holders[job.site.path]]
+        if self.rounding == "nearest" or not paths:
+            return {}
+        captured = capture(
+            model,
+            context.call,
+            context.calibration(),
+            {path: (SecondMoment(),) for path in paths},
+            batch_size=self.batch_size,
+            whole=False,
+        )
+        if captured.silent:
+            raise self._silent(captured)
+        moments: dict[str, SecondMoment] = {}
+        for path in paths:
+            moment = captured.observers[path][0]
+            assert isinstance(moment, SecondMoment)
+            inputs = moment.matrix.shape[0]
+            if moment.count < inputs:
+                needed = math.ceil(captured.rows * inputs / max(moment.count, 1))
+                raise UserError(
+                    self.name,
+                    f"rounding: gptq at {path} needs {inputs} positions, and the {captured.rows} calibration rows have "
+                    f"{moment.count}",
+                    f"Use about {needed} rows, or rounding: nearest.",
+                )
+            moments[path] = moment
+        return moments
+
+    def _convert(
+        self, model: nn.Module, context: Context, job: _Job, seen: Seen | None, moment: SecondMoment | None, ties: Ties
+    ) -> dict[str, Any]:
         """Replaces one module and says what was done."""
         path, kind = job.site.path, job.site.kind
         module = model.get_submodule(path)
         weight = weight_of(module, kind)
-        seen = _Seen.of(captured, path) if captured is not None and job.rounds_input else None
-        smoothed = self._smoothing(job, weight, seen) if seen is not None else None
-        layer = self._layer(model, job, None if smoothed is None else weight.shape[1]).to(weight.device)
+        factor = None if seen is None or seen.factor is None else seen.factor.to(weight.device)
+        layer = self._layer(model, job, None if factor is None else weight.shape[1]).to(weight.device)
         if layer.bias is not None:
             layer.bias.copy_(module.get_parameter("bias"))
-        how = self.weight_range or ("minmax" if job.grid.bits == 8 else "mse")
-        says = _round_weight(layer, weight if smoothed is None else weight / smoothed.factor.to(weight.device), how)
+        says = self._round(path, layer, weight if factor is None else weight / factor, factor, moment)
         if seen is not None:
-            says["activation"] = self._fit_input(path, layer, seen, smoothed)
-            if self.bias_correction and layer.bias is not None:
-                says["bias_correction"] = _correct_bias(layer, weight, seen.channels)
+            if seen.nothing:
+                raise UserError(
+                    self.name,
+                    f"the input of {path} is always 0 on the calibration rows: it has no range",
+                    f"Use rows that reach it, or leave it float with skip: [{path}].",
+                )
+            says["activation"] = fit_input(layer, seen, self._input_grid, self.range)
+        wanted = seen.mean if seen is not None else None if moment is None else moment.mean
+        if self.bias_correction and layer.bias is not None and wanted is not None:
+            says["bias_correction"] = shift_bias(layer, weight, wanted, wanted if moment is None else moment.mean)
         context.surgery.replace(model, path, layer)
         ties.settle(model, context.surgery, path)
         return says
 
-    def _smoothing(self, job: _Job, weight: Tensor, seen: _Seen) -> Smoothing | None:
-        """Factors for the input's channels, or None where they are not wanted, not possible or not worth it."""
-        if not self.smooth or not seen.alone or job.site.kind == "conv2d":
-            return None
-        channels = seen.channels
-        statistics = (channels.low, channels.high, channels.mean_square)
-        low, high, mean_square = (statistic.to(weight.device) for statistic in statistics)
-        found = smoothing(weight, low, high, mean_square, job.grid, self._input_grid)
-        return found if found.before_db < _ENOUGH_DB and found.gain_db >= _WORTH_DB else None
+    def _round(
+        self, path: str, layer: QuantizedLayer, weight: Tensor, factor: Tensor | None, moment: SecondMoment | None
+    ) -> dict[str, Any]:
+        """Gives the layer its codes and says how."""
+        grid = layer.quantized_weight.grid
+        how = self.weight_range or ("minmax" if grid.bits == 8 else "mse")
+        scale, zero_point = scales_of(weight, grid, how)
+        nearest = codes_of(weight, grid, scale, zero_point)
+        if moment is None:
+            return store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"}
+        hessian = moment.matrix if factor is None else moment.matrix * factor * factor.unsqueeze(1)
+        try:
+            codes = gptq(weight, hessian, grid, scale, zero_point, damping=self.damping, order=self.column_order)
+        except NotPositiveDefinite as failure:
+            if self.unfactorable == "stop":
+                raise UserError(
+                    self.name,
+                    f"{path}: {failure}",
+                    "Use more calibration rows, a larger damping, or unfactorable: nearest.",
+                ) from failure
+            return store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest", "because": str(failure)}
+        codes = refined(weight, codes, hessian, grid, scale, zero_point, self.refinements)
+        errors = [
+            float(output_error(weight, grid.dequantize(given, scale, zero_point), hessian).sum()) for given in (nearest, codes)
+        ]
+        gain = 10 * math.log10(errors[0] / errors[1]) if min(errors) > 0 else 0.0
+        return store_weight(layer, weight, codes, scale, zero_point) | {"rounding": "gptq", "rounding_gain_db": gain}
 
-    def _fit_input(self, path: str, layer: QuantizedLayer, seen: _Seen, smoothed: Smoothing | None) -> dict[str, Any]:
-        """Gives the layer's input its grid, and says which."""
-        ranged, grid = seen.ranged, layer.activation
-        assert grid is not None
-        if seen.channels.count == 0 or ranged.low == ranged.high == 0:
-            raise UserError(
-                self.name,
-                f"the input of {path} is always 0 on the calibration rows: it has no range",
-                f"Use rows that reach it, or leave it float with skip: [{path}].",
-            )
-        says: dict[str, Any] = {"seen": [ranged.low, ranged.high]}
-        if smoothed is None:
-            low, high = ranged.range(self._input_grid)
-            says |= {"method": self.range, "clipped_percent": _finite(100 * ranged.clipped(low, high))}
-        else:
-            assert grid.factor is not None
-            grid.factor.copy_(smoothed.factor)
-            low = float((seen.channels.low * smoothed.factor).amin())
-            high = float((seen.channels.high * smoothed.factor).amax())
-            says |= {
-                "method": "minmax",
-                "clipped_percent": 0.0,
-                "smoothed": smoothed.strength,
-                "gain_db": smoothed.gain_db,
-            }
-        scale, zero_point = storable(self._input_grid, torch.tensor(low), torch.tensor(high))
-        grid.scale.copy_(scale)
-        if zero_point is not None:
-            grid.zero_point.copy_(zero_point)
-        if seen.leader:
-            says["same_tensor_as"] = seen.leader
-        return says | {"range": [low, high], "scale": float(scale), "zero_point": int(grid.zero_point)}
+    def _silent(self, captured: Captured) -> UserError:
+        silent = ", ".join(captured.silent)
+        return UserError(
+            self.name, f"{silent} never ran on the calibration rows", f"Leave out what does not run: skip: [{silent}]."
+        )
 
     @property
     def _input_grid(self) -> Grid:
         return Grid(self.activation_bits, self.activation_symmetric, "tensor")
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What calibration saw at one site; ``alone``: no other quantized layer reads the same tensor."""
-
-    ranged: RangeObserver
-    channels: Channels
-    leader: str | None
-    alone: bool
-
-    @classmethod
-    def of(cls, captured: Captured, path: str) -> _Seen:
-        ranged, channels = captured.observers[path]
-        assert isinstance(ranged, RangeObserver)
-        assert isinstance(channels, Channels)
-        leader = captured.shared.get(path)
-        return cls(ranged, channels, leader, leader is None and path not in captured.shared.values())
-
-
-def _round_weight(layer: QuantizedLayer, weight: Tensor, how: WeightRange) -> dict[str, Any]:
-    """Stores the weight's codes in the layer and says what the rounding cost."""
-    grid = layer.quantized_weight.grid
-    scale, zero_point = scales_of(weight, grid, how)
-    codes = codes_of(weight, grid, scale, zero_point)
-    layer.quantized_weight.store(codes, scale, zero_point)
-    return {
-        "bits": grid.bits,
-        "granularity": grid.granularity,
-        "group_size": grid.group_size,
-        "scale": [float(scale.min()), float(scale.max())],
-        "weight_sqnr_db": _finite(rounding_loss(weight, codes, grid, scale, zero_point)),
-    }
-
-
-def _column_energy(module: nn.Module, kind: str) -> Tensor:
-    """The squared norms of the weight's columns, one for each input channel [C]."""
-    weight = weight_of(module, kind).float()
-    if kind != "conv2d":
-        return weight.square().sum(0)
-    groups = int(getattr(module, "groups", 1))
-    return weight.square().sum((2, 3)).reshape(groups, -1, weight.shape[1]).sum(1).reshape(-1)
-
-
-def _correct_bias(layer: QuantizedLayer, weight: Tensor, channels: Channels) -> float:
-    """Adds ``(W - W_quantized) E[x]`` to the bias [O]; returns the largest change.
-
-    A convolution's error is summed over its window, as if the mean were the same at every place of it.
-    """
-    assert layer.bias is not None
-    error = weight.float() - layer.weight
-    mean = channels.mean.to(error.device)
-    if isinstance(layer, QuantConv2d):
-        error = error.sum((2, 3))
-        means = mean.reshape(layer.groups, 1, -1).expand(-1, error.shape[0] // layer.groups, -1)
-        shift = (error * means.reshape(error.shape)).sum(1)
-    else:
-        shift = error @ mean
-    layer.bias += shift
-    return float(shift.abs().max())
 
 
 def _is_table(site: Site) -> bool:
@@ -417,11 +466,6 @@ def _divisors_near(number: int, wanted: int) -> list[int]:
     divisors = [size for size in range(1, number + 1) if number % size == 0]
     below = [size for size in divisors if size < wanted][-1:]
     return below + [size for size in divisors if size > wanted][:1]
-
-
-def _finite(value: float) -> float | None:
-    """None where JSON has no number."""
-    return value if math.isfinite(value) else None
 
 
 def _first_reason(skipped: Mapping[str, str]) -> str:

@@ -1,0 +1,142 @@
+"""What a quantized layer is given: codes for its weight, a grid for its input, a corrected bias.
+
+Shapes: O outputs, I inputs, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.capture import Captured
+from calibrate.grid import Grid
+from calibrate.ranges import Channels, RangeObserver, storable
+from compress.algorithms.rounding import rounding_loss
+from compress.algorithms.smoothing import Smoothing
+from compress.layers.conversion import QuantizedLayer, weight_of
+from compress.layers.quantized import QuantConv2d
+
+__all__ = ["Seen", "column_energy", "finite", "fit_input", "shift_bias", "store_weight"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration saw at one site, and the factors its channels are multiplied by.
+
+    Attributes:
+        leader: the site that received the same tensor before it.
+        smoothed: None where the input is rounded as it is.
+        folded: the module that makes the input and has the factors inside; None: the layer multiplies.
+    """
+
+    ranged: RangeObserver
+    channels: Channels
+    leader: str | None
+    smoothed: Smoothing | None = None
+    folded: str | None = None
+
+    @classmethod
+    def of(cls, captured: Captured, path: str) -> Seen:
+        ranged, channels = captured.observers[path]
+        assert isinstance(ranged, RangeObserver)
+        assert isinstance(channels, Channels)
+        return cls(ranged, channels, captured.shared.get(path))
+
+    @property
+    def factor(self) -> Tensor | None:
+        """The factors [C] that the layer itself multiplies by."""
+        return self.smoothed.factor if self.smoothed is not None and self.folded is None else None
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of what the layer receives [C], a folded factor in it."""
+        folded = self.smoothed is not None and self.folded is not None
+        return self.channels.mean * self.smoothed.factor if folded and self.smoothed else self.channels.mean
+
+    @property
+    def nothing(self) -> bool:
+        """Whether every value was 0."""
+        return self.channels.count == 0 or self.ranged.low == self.ranged.high == 0
+
+
+def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dict[str, Any]:
+    """Gives the layer's input its grid, and says which."""
+    activation, smoothed = layer.activation, seen.smoothed
+    assert activation is not None
+    says: dict[str, Any] = {"seen": [seen.ranged.low, seen.ranged.high]}
+    if smoothed is None:
+        low, high = seen.ranged.range(grid)
+        says |= {"method": method, "clipped_percent": finite(100 * seen.ranged.clipped(low, high))}
+    else:
+        if seen.factor is not None:
+            assert activation.factor is not None
+            activation.factor.copy_(seen.factor)
+        low = float((seen.channels.low * smoothed.factor).amin())
+        high = float((seen.channels.high * smoothed.factor).amax())
+        says |= {"method": "minmax", "clipped_percent": 0.0, "smoothed": smoothed.strength, "gain_db": smoothed.gain_db}
+        if seen.folded is not None:
+            says["folded_into"] = seen.folded
+    scale, zero_point = storable(grid, torch.tensor(low), torch.tensor(high))
+    activation.scale.copy_(scale)
+    if zero_point is not None:
+        activation.zero_point.copy_(zero_point)
+    if seen.leader:
+        says["same_tensor_as"] = seen.leader
+    return says | {"range": [low, high], "scale": float(scale), "zero_point": int(activation.zero_point)}
+
+
+def store_weight(
+    layer: QuantizedLayer, weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> dict[str, Any]:
+    """Stores the weight's codes in the layer and says what the rounding cost."""
+    grid = layer.quantized_weight.grid
+    layer.quantized_weight.store(codes, scale, zero_point)
+    return {
+        "bits": grid.bits,
+        "granularity": grid.granularity,
+        "group_size": grid.group_size,
+        "scale": [float(scale.min()), float(scale.max())],
+        "weight_sqnr_db": finite(rounding_loss(weight, codes, grid, scale, zero_point)),
+    }
+
+
+def column_energy(module: nn.Module, kind: str) -> Tensor:
+    """The squared norms of the weight's columns, one for each input channel [C]."""
+    weight = weight_of(module, kind).float()
+    if kind != "conv2d":
+        return weight.square().sum(0)
+    groups = int(getattr(module, "groups", 1))
+    return weight.square().sum((2, 3)).reshape(groups, -1, weight.shape[1]).sum(1).reshape(-1)
+
+
+def shift_bias(layer: QuantizedLayer, weight: Tensor, wanted: Tensor, given: Tensor) -> float:
+    """Adds ``W wanted - W_quantized given`` to the bias [O]; returns the largest change.
+
+    A convolution's error is summed over its window, as if the mean were the same at every place of it.
+
+    Args:
+        weight: the float weight for the layer's input.
+        wanted, given: [C], the mean input of the float layer and of this one; their difference is the error of earlier layers.
+    """
+    assert layer.bias is not None
+    shift = _mean_output(layer, weight.float(), wanted) - _mean_output(layer, layer.weight.float(), given)
+    layer.bias += shift
+    return float(shift.abs().max())
+
+
+def _mean_output(layer: QuantizedLayer, weight: Tensor, mean: Tensor) -> Tensor:
+    mean = mean.to(weight)
+    if not isinstance(layer, QuantConv2d):
+        return weight @ mean
+    summed = weight.sum((2, 3))
+    means = mean.reshape(layer.groups, 1, -1).expand(-1, summed.shape[0] // layer.groups, -1)
+    return (summed * means.reshape(summed.shape)).sum(1)
+
+
+def finite(value: float) -> float | None:
+    """None where JSON has no number."""
+    return value if math.isfinite(value) else None
