@@ -25,7 +25,7 @@ from compress.datasets import Data, load_data
 from compress.each_pass import EachPass, linked, with_final_paths
 from compress.identity import identity
 from compress.journal import Journal
-from compress.judgement import Judge, Promise, unjudged, verdict, with_float_times
+from compress.judgement import Judge, Promise, unjudged
 from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
@@ -33,9 +33,10 @@ from compress.rehearsal import rehearse
 from compress.report import BlockFidelity, Report, Row, StepRecord
 from compress.role_bytes import Roles
 from compress.run_folder import locked, own, prepare, writable
-from compress.saved import save, signature_json
+from compress.saved import save
 from compress.sources import Source
 from compress.steps import passes, stands
+from compress.summary import summary
 from compress.validation import keep_rows
 from export.contract import Artifact, Exporter
 from export.graph import Traceable
@@ -129,7 +130,7 @@ def apply(
         subject, steps = passes(run)
         compressed = saved(run, subject, stands(steps))
         artifacts, made = files(run, subject.model, steps)
-        told = _report(run, [*rows, *made], compressed, steps, subject, artifacts)
+        told = summary(run, [*rows, *made], compressed, steps, subject, artifacts)
         report.write(told, out)
         manifest.write(out, recipe, run.source, run.data, artifacts)
         _companions(run, told)
@@ -281,51 +282,6 @@ def _written(run: Run, number: int, exporter: Exporter, source: Traceable, path:
     return Artifact(exporter.format, path, told["size_bytes"], told["details"])
 
 
-def _peak(run: Run, artifacts: dict[str, Artifact]) -> int:
-    """The most memory at one time, in bytes, together with processes that were started to write a file."""
-    written = [*artifacts.values(), *(run.judge.floats.values() if run.judge else ())]
-    together = [int(artifact.details.get("peak_memory_bytes", 0)) for artifact in written]
-    return max(run.journal.peak_memory_bytes, *together, 0)
-
-
-def _report(
-    run: Run,
-    rows: list[Row],
-    compressed: Row | None,
-    steps: list[StepRecord],
-    subject: Subject,
-    artifacts: dict[str, Artifact],
-) -> Report:
-    rows = with_float_times(rows)
-    limits = verdict(rows, run.recipe.accept) if run.judge else []
-    met = all(limit.met for limit in limits)
-    number = stands(steps)
-    unmeasured = ["measure: each_pass measured nothing, because evaluation was switched off"]
-    return Report(
-        name=run.recipe.name,
-        met=met,
-        exit_code=0 if met else 1,
-        limits=limits,
-        rows=rows,
-        compressed=compressed,
-        steps=with_final_paths(steps, number, run.recipe),
-        blocks=steps[number - 1].blocks if number else run.fidelity(subject),
-        roles=run.roles.after(subject.model, subject.surgery.edits),
-        warnings=[
-            *run.data.warnings,
-            *run.journal.warnings,
-            *(unmeasured if run.recipe.measure.when == "each_pass" and run.each_pass is None else ()),
-        ],
-        resumed=run.journal.resumed,
-        model=_about(run.source, run.float_bytes),
-        data=run.data.describe(),
-        machine=manifest.machine(run.recipe.threads),
-        seconds={**run.clock.seconds, **run.journal.seconds},
-        peak_memory_bytes=_peak(run, artifacts),
-        folder=str(run.out),
-    )
-
-
 def _companions(run: Run, told: Report) -> None:
     """What stands beside the files for people: model cards, programs that run them, the page."""
     from compress import cards, page
@@ -357,14 +313,3 @@ def _judge(recipe: Recipe, source: Source, data: Data, out: Path, journal: Journ
 
 def _anatomy(recipe: Recipe, source: Source, model: nn.Module, data: Data) -> Anatomy:
     return find(model, source.signature, data.example, {str(role): paths for role, paths in recipe.model.roles.items()})
-
-
-def _about(source: Source, float_bytes: int) -> dict[str, Any]:
-    return {
-        "name": source.name,
-        "task": source.task,
-        "fingerprint": source.fingerprint,
-        "float_bytes": float_bytes,
-        "signature": signature_json(source.signature),
-        "notes": list(source.notes),
-    }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import Batch
 from compress import manifest, report
+from compress.journal import FOLDER
 from compress.judgement import Judge, Promise, verdict, with_float_times
 from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
@@ -86,7 +87,11 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
 
     progress = progress or Progress()
     if not (folder / "report.json").is_file() or not (folder / "manifest.json").is_file():
-        raise UserError(str(folder), "is not the folder of a finished run", "Name one, such as runs/quickstart.")
+        begun = (folder / FOLDER).is_dir()
+        hint = (
+            "The run was interrupted, or is at work: give its command again." if begun else "Name one, such as runs/quickstart."
+        )
+        raise UserError(str(folder), "is not the folder of a finished run", hint)
     told: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     recipe = read(folder / "recipe.yaml", base=(folder / told["base"]).resolve())
     before = report.read(folder)
