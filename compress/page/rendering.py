@@ -12,6 +12,8 @@ from typing import Any
 from calibrate.errors import UserError
 from compress.page import block_plot, outcome, sizes, story, trade_off, wording
 from compress.page.folder import Found, read
+from compress.page.judged import judged
+from compress.page.steps import steps
 
 __all__ = ["render", "write"]
 
@@ -47,7 +49,7 @@ def render(found: Found) -> str:
     loader = FileSystemLoader(_TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"size": wording.size, "memory": wording.memory, "seconds": wording.seconds}
-    environment.filters |= {"plain": wording.plain, "link": story.link}
+    environment.filters |= {"plain": wording.plain, "link": story.link, "pairs": wording.pairs}
     figures = _figures(found)
     scripts = [_plotly(), (_TEMPLATES / "page.js").read_text("utf-8")] if figures["drawn"] else []
     return environment.get_template("page.html").render(
@@ -63,8 +65,8 @@ def render(found: Found) -> str:
         roles=sizes.roles(found.report),
         files=sizes.files(found.report),
         legend=sizes.legend(found.report),
-        steps=story.steps(found.report),
-        judged=story.judged(found.report, found.beside),
+        steps=steps(found.report),
+        judged=judged(found.report, found.beside),
         parts=story.parts(found.report),
         again=story.again(found),
         marks=outcome.marks(found.report.rows),
@@ -94,7 +96,7 @@ def _validation(found: Found) -> dict[str, Any] | None:
         "machine": story.measured_on(found.validation),
         "verdict": outcome.verdict(found.validation),
         "table": outcome.table(found.validation),
-        "judged": story.judged(found.validation),
+        "judged": judged(found.validation),
     }
 
 

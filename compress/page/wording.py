@@ -10,10 +10,12 @@ from compress.report import Figure, Latency, Row
 __all__ = [
     "decibel",
     "figure",
+    "flat",
     "interval",
     "listed",
     "memory",
     "paces",
+    "pairs",
     "plain",
     "ratio",
     "ratio_interval",
@@ -123,7 +125,23 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         if len(value) == 2 and all(isinstance(end, float) for end in value):
             return f"{plain(value[0])} … {plain(value[1])}"
-        return ", ".join(plain(entry) for entry in value)
+        nested = any(isinstance(entry, list | dict) for entry in value)
+        return ("; " if nested else ", ").join(plain(entry) for entry in value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {plain(entry)}" for key, entry in value.items())
     return str(value)
+
+
+def flat(told: Any, before: str = "") -> dict[str, Any]:
+    """A site's figures with those of inner parts beside them: ``activation`` with ``scale`` becomes ``activation scale``."""
+    if not isinstance(told, dict):
+        return {before.strip() or "figure": told}
+    found: dict[str, Any] = {}
+    for name, value in told.items():
+        found |= flat(value, f"{before}{name} ") if isinstance(value, dict) else {f"{before}{name}": value}
+    return found
+
+
+def pairs(told: Any) -> tuple[tuple[str, str], ...]:
+    """(name, value) of everything in a JSON object; what stands inside another object is named after both."""
+    return tuple((name.replace("_", " "), plain(value)) for name, value in flat(told or {}).items())

@@ -161,7 +161,7 @@ def steps() -> list[StepRecord]:
             "granularity": "channel",
             "scale": [0.00087, 0.0025],
             "weight_sqnr_db": 45.0 - 0.37 * ((block * 5 + place * 3) % 11),
-            "activation": {"clipped_percent": 0.0885, "zero_point": 0},
+            "activation": {"clipped_percent": 0.0885 * (block + 1), "zero_point": 0},
         }
         for block in range(12)
         for place, name in enumerate(("query", "key", "value", "out"))

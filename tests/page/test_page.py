@@ -18,6 +18,8 @@ from calibrate.errors import UserError
 from compress import cli, page
 from compress.page import block_plot, outcome, sizes, story, trade_off, wording
 from compress.page.folder import Found
+from compress.page.judged import HOW
+from compress.page.steps import steps
 from compress.report import Report, RoleBytes, Row, StepRecord, table
 
 _VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -289,13 +291,14 @@ def test_a_step_says_what_it_was_asked_changed_and_brought() -> None:
         assert wanted in text, wanted
     assert "the head shares the codes of its table" in text
     assert "bert.pooler.dense: named under skip" in text
-    first = story.steps(full())[0]
+    first = steps(full())[0]
     assert first.sites is not None
     assert first.sites.sorted_by == "weight_sqnr_db"
     figures = [float(values[0]) for _, values in first.sites.rows]
     assert figures == sorted(figures)
     assert len(set(figures)) > 5
-    assert "activation clipped_percent" in first.sites.columns
+    assert first.sites.columns == ("weight_sqnr_db", "activation clipped_percent")
+    assert ("scale", "0.00087 … 0.0025") in first.sites.same
     assert first.worth is not None
     assert first.worth.rows[1][2][-1] == ("–", ""), "a file without a time has a dash under it"
 
@@ -303,7 +306,7 @@ def test_a_step_says_what_it_was_asked_changed_and_brought() -> None:
 def test_every_way_of_validation_is_explained() -> None:
     shown = parsed(full()).text("validation")
     for how in ("runtime", "interpreter", "proxy"):
-        assert story.HOW[how] in shown
+        assert HOW[how] in shown
     assert "40 of 40 quantized layers hold exactly the integers of the model (22,682,112 codes compared)" in shown
     assert "row alone equals row in a batch: does not apply the file takes exactly 1 row" in shown
     assert "computes in float, though the file holds integers: bert.pooler.dense" in shown
@@ -464,7 +467,7 @@ def test_cards_and_programs_next_to_the_files_are_linked(tmp_path: Path) -> None
 
 def test_the_command_that_runs_it_again_is_safe_to_paste() -> None:
     told = story.again(Found(full(), manifest(base="../my recipes; rm x", recipe="a'b", model={"source": "mine.py:make"})))
-    assert "compress apply '../my recipes; rm x/a'\"'\"'b.yaml' --out . --trust" in told
+    assert "compress apply '../my recipes; rm x/a'\"'\"'b.yaml' --out ../a-b-again --trust" in told
     assert "--trust" not in story.again(Found(full(), manifest()))
 
 
