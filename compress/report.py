@@ -122,6 +122,7 @@ class Worth(_Record):
     latency_ratio: float | None = Field(
         None, description="median time over that of the file before the pass, interleaved, at the batch size that gained least"
     )
+    latency_runs: int | None = Field(None, description="timed runs of each file that the ratio rests on")
     latency_low: float | None = Field(None, description="lower end of the ratio's 95 % interval")
     latency_high: float | None = Field(None, description="upper end of the ratio's 95 % interval")
 

@@ -16,6 +16,8 @@ __all__ = ["Standing", "brings", "costs", "measured", "paid", "says"]
 
 _LEAST = 0.01
 """Least gain that counts: one per cent of a file's size or of a runtime's time."""
+_RUNS = 10
+"""Fewest timed runs that can show a gain: of fewer, by chance alone, all may favour one file."""
 _POINTS = ("accuracy", "top5", "f1")
 
 
@@ -84,6 +86,7 @@ def _worth(
         size_bytes=row.size_bytes,
         size_ratio=row.size_bytes / size if row.size_bytes is not None and size else None,
         latency_ratio=slowest.ratio if slowest else None,
+        latency_runs=slowest.runs if slowest else None,
         latency_low=slowest.ratio_low if slowest else None,
         latency_high=slowest.ratio_high if slowest else None,
     )
@@ -94,7 +97,7 @@ def paid(worth: Sequence[Worth]) -> bool | None:
 
     - It *brings size* when some file shrinks by at least 1 %.
     - It *brings speed* when in some runtime the 95 % interval of the ratio of times lies wholly below 1 and the ratio is at
-      most 0.99, at the batch size that gained least: noise alone does not pay.
+      most 0.99, at the batch size that gained least, from at least ten timed runs: noise alone does not pay.
     - It *costs* when in some runtime the metric is lower than before on the same rows (the paired estimate itself, not its
       interval: a loss need not be proved to count). Without a metric: when a prediction or an output differs at all.
 
@@ -144,7 +147,7 @@ def _cost(worth: Sequence[Worth]) -> str:
 
 
 def _faster(one: Worth) -> bool:
-    if one.latency_ratio is None or one.latency_high is None:
+    if one.latency_ratio is None or one.latency_high is None or (one.latency_runs or 0) < _RUNS:
         return False
     return one.latency_high < 1 and one.latency_ratio <= 1 - _LEAST
 
@@ -174,8 +177,11 @@ def _figures(one: Worth) -> list[str]:
 
 
 def _time(one: Worth) -> str:
+    said = f"{one.latency_ratio:.2f}x the time"
+    if (one.latency_runs or 0) < _RUNS:
+        return f"{said} (too few runs to tell)"
     noise = one.latency_low is not None and one.latency_high is not None and one.latency_low <= 1 <= one.latency_high
-    return f"{one.latency_ratio:.2f}x the time" + (" (within noise)" if noise else "")
+    return said + (" (within noise)" if noise else "")
 
 
 def _lost(drop: Figure) -> str:

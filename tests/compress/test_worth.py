@@ -16,8 +16,8 @@ def worth(label: str = "onnx", lost: float | None = 0.0, metric: str = "accuracy
     return Worth(label=label, drop=drop, **{"compared": True, "size_ratio": 1.0, "size_bytes": 1000, **figures})
 
 
-def time(ratio: float, low: float, high: float) -> dict[str, float]:
-    return {"latency_ratio": ratio, "latency_low": low, "latency_high": high}
+def time(ratio: float, low: float, high: float, runs: int = 30) -> dict[str, float]:
+    return {"latency_ratio": ratio, "latency_low": low, "latency_high": high, "latency_runs": runs}
 
 
 def share(value: float) -> Figure:
@@ -36,6 +36,8 @@ def share(value: float) -> Figure:
         ({"lost": 0.001, "size_ratio": 1.7}, [], False),
         ({"lost": 0.001, **time(0.6, 0.58, 0.63)}, ["speed"], True),
         ({"lost": 0.001, **time(0.9, 0.7, 1.01)}, [], False),  # noise in time alone does not pay
+        ({"lost": 0.001, **time(0.6, 0.5, 0.7, runs=9)}, [], False),  # three runs of three favour one file in every eighth trial
+        ({"lost": 0.001, **time(0.6, 0.5, 0.7, runs=10)}, ["speed"], True),
         ({"lost": 0.001, **time(0.995, 0.992, 0.998)}, [], False),  # proved, and less than one per cent
         ({"lost": 0.001, **time(1.4, 1.3, 1.5)}, [], False),
         ({"lost": 0.0, **time(1.4, 1.3, 1.5)}, [], True),  # slower, but the metric is kept
@@ -102,6 +104,11 @@ def test_what_no_runtime_ran_is_not_judged_unless_it_shrank() -> None:
             {"lost": None, "agreement": share(0.987), "sqnr_db": 26.82},
             "onnx: the same size, 98.7% of the predictions kept, 26.8 dB. "
             "It changes outputs and brings neither size nor speed: taken back.",
+        ),
+        (
+            {"lost": 0.0, **time(0.9, 0.8, 0.95, runs=3)},
+            "onnx: the same size, 0.90x the time (too few runs to tell), accuracy kept. "
+            "It brings neither size nor speed, and costs nothing.",
         ),
         ({"lost": None, "compared": False}, "onnx: the same size, not run. It cannot be judged: no runtime here ran the files."),
     ],
