@@ -42,6 +42,10 @@ def read(folder: Path) -> Found:
         UserError: there is no report in the folder, or one of its files cannot be read.
     """
     if not (folder / "report.json").is_file():
+        if (folder / "recipe.yaml").is_file():
+            raise UserError(
+                str(folder), "its run is not finished: there is no report.json", "Run it again; it goes on from there."
+            )
         what = "holds no report.json" if folder.is_dir() else "is no folder"
         raise UserError(str(folder), what, "Name the folder of a finished run, such as runs/quickstart.")
     report = _report(folder / "report.json")

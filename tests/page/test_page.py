@@ -512,7 +512,7 @@ def test_the_command_prints_the_table_and_writes_the_page(
     assert (place / "report.html").is_file()
 
 
-@pytest.mark.parametrize("there", ["nothing", "a folder", "a file"])
+@pytest.mark.parametrize("there", ["nothing", "a folder", "a file", "a run that is not finished"])
 def test_a_folder_without_a_report_is_one_line_and_exit_code_2(
     there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -521,11 +521,15 @@ def test_a_folder_without_a_report_is_one_line_and_exit_code_2(
         place.mkdir()
     elif there == "a file":
         place.write_text("x")
+    elif there == "a run that is not finished":
+        place.mkdir()
+        (place / "recipe.yaml").write_text("model: x")
     assert command(monkeypatch, "report", str(place)) == 2
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.splitlines()[0].startswith(f"{place}: ")
     assert len(told.err.splitlines()) == 2, "one line and the way out"
+    assert ("not finished" in told.err) == there.startswith("a run")
     assert not (place / "report.html").exists()
 
 
