@@ -5,6 +5,7 @@ From Python::
     import compress
 
     report = compress.apply("my.yaml", out="runs/mine")     # the same as `compress apply my.yaml --out runs/mine`
+    planned = compress.plan("my.yaml")                      # what it would do and cost: a Plan
     model = compress.load("runs/mine")                      # the compressed torch model
     source, anatomy = compress.inspect("hf:path/to/model")  # the parts of a model
     recipe = compress.Recipe.read("my.yaml")                # a recipe, checked
@@ -15,17 +16,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import apply, inspect, validate
+    from compress.api import apply, inspect, plan, validate
     from compress.recipe import Recipe
     from compress.saved import load
 
-__all__ = ["Recipe", "apply", "inspect", "load", "validate"]
+__all__ = ["Recipe", "apply", "inspect", "load", "plan", "validate"]
 
 _HOMES = {
     "Recipe": "compress.recipe",
     "apply": "compress.api",
     "inspect": "compress.api",
     "load": "compress.saved",
+    "plan": "compress.api",
     "validate": "compress.api",
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +15,14 @@ from compress.shipped import find_recipe
 
 if TYPE_CHECKING:
     from compress.anatomy import Anatomy
+    from compress.planning import Plan
     from compress.progress import Progress
     from compress.report import Report
     from compress.sources import Source
 
-__all__ = ["apply", "inspect", "validate"]
+__all__ = ["apply", "inspect", "plan", "validate"]
 
-_SECTION = re.compile(r"model(\.(source|task|checkpoint|roles))?|data(\.\w+)*")
+_SECTION = re.compile(r"model(\.(source|task|checkpoint|roles(\.[\w.]+)?))?|data(\.\w+)*")
 _MODEL = re.compile(r"(hf|timm|embedded):.*|.*\.py:[A-Za-z_]\w*")
 
 
@@ -49,13 +52,38 @@ def apply(
 
     found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
     folder = Path(out) if out is not None else Path("runs") / found.name
-    try:
+    with _placed(found):
         return run.apply(found, folder, trust=trust, evaluate=evaluate, fresh=fresh, progress=progress)
+
+
+def plan(recipe: Recipe | str | Path, *, trust: bool = False, evaluate: bool = True) -> Plan:
+    """What a recipe will do and cost, without doing it: ``compress plan`` from Python.
+
+    Args:
+        recipe: a recipe, the path of its file, or the name of a shipped one.
+        trust: whether Python files that the recipe names may be run.
+        evaluate: False plans a run that judges nothing.
+
+    Raises:
+        UserError: what would stop the run, with the place; ``MissingRuntime`` where a library is absent.
+    """
+    from compress import planning
+
+    found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
+    with _placed(found):
+        return planning.make(found, trust=trust, evaluate=evaluate)
+
+
+@contextmanager
+def _placed(recipe: Recipe) -> Iterator[None]:
+    """Puts the place in the recipe before a mistake that names its section or its model alone."""
+    try:
+        yield
     except UserError as error:
         if _SECTION.fullmatch(error.where):
-            error.where = f"{found.place(*error.where.split('.'))}: {error.where}"
+            error.where = f"{recipe.place(*error.where.split('.', 2))}: {error.where}"
         elif error.where.startswith(("hf:", "timm:")):
-            error.where = f"{found.place('model', 'source')}: {error.where}"
+            error.where = f"{recipe.place('model', 'source')}: {error.where}"
         raise
 
 

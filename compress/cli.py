@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.progress import Progress
     from compress.report import Report
 
-__all__ = ["app", "apply", "inspect", "main", "passes", "recipes", "report", "schema", "validate"]
+__all__ = ["app", "apply", "inspect", "main", "passes", "plan", "recipes", "report", "schema", "validate"]
 
 EXIT_CODES = (
     "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed; "
@@ -111,6 +111,49 @@ def apply(
 
         report = api.apply(recipe, out, trust=trust, evaluate=not no_evaluation, fresh=fresh, progress=progress)
     _finish(report)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe (`compress recipes`).")
+    ],
+    as_json: Json = False,
+    trust: Trust = False,
+    no_evaluation: Annotated[
+        bool, typer.Option("--no-evaluation", help="Plan a run that judges nothing (`compress apply --no-evaluation`).")
+    ] = False,
+) -> None:
+    """Tell what a recipe will do and cost before it runs: in seconds, writing nothing, reading no evaluation data.
+
+    Every pass is rehearsed on what the passes before it leave: the places it will touch and those it will not, and bytes
+    before and after. Then the size of each file, what stays in float, and the peak of memory and disk. A mistake that would
+    stop the run later stops the plan now.
+
+    **Examples**
+
+        compress plan quickstart
+        compress plan my.yaml --json
+        compress plan own-model.yaml --trust
+
+    Exit codes: 0 done; 2 a mistake in the recipe or the data (file:line:column); 3 a runtime is not installed.
+    """
+    from rich.table import Table
+
+    from compress import api
+
+    found = api.plan(recipe, trust=trust, evaluate=not no_evaluation)
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
+    from compress.plan_table import render
+
+    console = _console()
+    for part in render(found):
+        if isinstance(part, Table):
+            _print_table(console, part)
+        else:
+            print(part)
 
 
 @app.command()

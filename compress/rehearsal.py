@@ -46,11 +46,13 @@ class Rehearsed:
 @dataclass(frozen=True)
 class Rehearsal:
     """A model as all passes of a recipe will leave it, as far as shapes and bytes go, and what was noted on the way;
-    ``edits`` are those that the passes made."""
+    ``edits`` are those that the passes made; ``wasted``: (pass, later pass, how many layers that the first changed and the second
+    took out again)."""
 
     model: nn.Module
     steps: tuple[Rehearsed, ...]
     edits: tuple[Edit, ...]
+    wasted: tuple[tuple[int, int, int], ...] = ()
 
 
 def rehearse(recipe: Recipe, source: Source, anatomy: Anatomy, example: Batch) -> Rehearsal:
@@ -70,6 +72,8 @@ def rehearse(recipe: Recipe, source: Source, anatomy: Anatomy, example: Batch) -
     model, surgery = stand_in(source.model), Surgery()
     roles = {str(role): paths for role, paths in recipe.model.roles.items()}
     steps: list[Rehearsed] = []
+    changed: list[set[nn.Module]] = []
+    wasted: list[tuple[int, int, int]] = []
     blame: list[dict[str, int]] = [{} for _ in recipe.export]
     for number, step in enumerate(recipe.passes):
         with placed(recipe, "passes", number, step.name):
@@ -79,11 +83,17 @@ def rehearse(recipe: Recipe, source: Source, anatomy: Anatomy, example: Batch) -
             targets, skips = step.targets(model, anatomy), step.skips(model, anatomy)
             step.rehearse(model, anatomy, surgery)
         steps.append(Rehearsed(step, anatomy, tuple(targets), skips, before, _stored(model)))
+        present = set(model.modules())
+        for earlier, layers in enumerate(changed):
+            if gone := layers - present:
+                wasted.append((earlier, number, len(gone)))
+                layers -= gone
+        changed.append({module for path, module in model.named_modules() if path in {target.path for target in targets}})
         for exporter, since in zip(recipe.export, blame, strict=True):
             for path, _ in exporter.refuses(model):
                 since.setdefault(path, number)
     _carried(recipe, model, blame)
-    return Rehearsal(model, tuple(steps), tuple(surgery.edits))
+    return Rehearsal(model, tuple(steps), tuple(surgery.edits), tuple(wasted))
 
 
 def stand_in(model: nn.Module) -> nn.Module:

@@ -55,12 +55,14 @@ class Forecast:
     """What a file will be, told without writing it.
 
     ``size_bytes``: of the file with its weights. ``peak_bytes``: most memory that writing it takes beyond the model itself.
+    ``beside_bytes``: of what is written next to it (the Q/DQ file of an engine).
     ``float_sites``: quantized layers (module paths) that the runtime computes in floating point all the same, with the reason.
     """
 
     size_bytes: int
     peak_bytes: int
     float_sites: Mapping[str, str] = field(default_factory=dict)
+    beside_bytes: int = 0
 
 
 class Runner(ABC):

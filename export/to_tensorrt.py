@@ -100,7 +100,7 @@ class TensorRTExporter(Exporter):
         size, given, copies = engine_bytes(graph), written_bytes(graph), made_bytes(graph, source.model)
         reason = f"its inputs are not quantized: the weight is made {self.precision} and multiplied so"
         peak = max(builder_bytes(given), 2 * size + given) + copies
-        return Forecast(size, peak, dict.fromkeys(weight_only(source.model), reason))
+        return Forecast(size, peak, dict.fromkeys(weight_only(source.model), reason), given)
 
     def write(self, source: Traceable, path: Path) -> Artifact:
         """Lowers the model, keeps the Q/DQ file and builds the engine; afterwards both are there, or neither.

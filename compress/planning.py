@@ -1,0 +1,303 @@
+"""What a recipe will do and cost, told in seconds and without reading evaluation data: ``compress plan``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from calibrate.footprint import live_bytes
+from calibrate.inventory import inventory
+from compress.anatomy import Anatomy, find
+from compress.checks import check_exporters, placed
+from compress.costs import Disk, Facts, Memory, disk, memory
+from compress.datasets import Data, load_data
+from compress.passes.contract import evaluating
+from compress.preparation import model_of, require_runtimes
+from compress.rehearsal import Rehearsal, Rehearsed, rehearse
+from compress.report import RoleBytes
+from compress.role_bytes import Roles, bytes_by_role
+from export.contract import Exporter, Forecast
+from export.graph import Traceable
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+    from compress.sources import Source
+
+__all__ = ["FloatPart", "Plan", "PlannedFile", "PlannedPass", "SiteGroup", "make"]
+
+_KEPT_ROWS, _KEPT_BYTES = 64, 8_000_000
+_BLOCK_ROWS, _BLOCK_BYTES = 16, 64_000_000
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SiteGroup(_Record):
+    """Places of one kind: their paths differ in numbers only, and the same happens to each."""
+
+    pattern: str = Field(description="the path, numbers that differ as *")
+    paths: list[str]
+    role: str
+    action: str = Field(description="what is done there, or why it is left as it is")
+
+
+class PlannedPass(_Record):
+    """One pass of the recipe, rehearsed on what the passes before it leave."""
+
+    name: str
+    place: str = Field(description="file:line:column in the recipe")
+    options: dict[str, Any]
+    sites: list[SiteGroup] = Field(description="what the pass will touch")
+    skipped: list[SiteGroup] = Field(description="what it leaves as it is though it was named, and why")
+    calibration_rows: int = Field(description="calibration rows that it reads; 0: none")
+    bytes_before: int = Field(description="parameters and buffers in memory, tied ones once")
+    bytes_after: int = Field(
+        description="the same after the pass; factors of input channels, which calibration decides on, are not in it"
+    )
+
+
+class FloatPart(_Record):
+    """What stays in floating point, of one role."""
+
+    role: str
+    bytes: int
+
+
+class PlannedFile(_Record):
+    """One file as its exporter forecasts it."""
+
+    format: str
+    path: str
+    size_bytes: int
+    float_size_bytes: int | None = Field(description="of the float file it will be compared with; null without evaluation")
+    run_in_float: list[SiteGroup] = Field(description="quantized layers that the runtime computes in floating point all the same")
+
+
+class Plan(_Record):
+    """Everything that can be told of a run before it. Fields are only ever added to within one version."""
+
+    version: Literal[1] = 1
+    name: str
+    model: str
+    task: str
+    notes: list[str] = Field(description="what a report would say of the model")
+    calibration: dict[str, Any]
+    evaluation: str | None = Field(description="evaluation data as the recipe names it; it was not read. null: nothing is judged")
+    passes: list[PlannedPass]
+    roles: list[RoleBytes]
+    stays_float: list[FloatPart] = Field(description="floating-point parameters that no pass touches, by role, the largest first")
+    bytes_before: int
+    bytes_after: int
+    files: list[PlannedFile]
+    memory: Memory
+    disk: Disk
+    warnings: list[str]
+
+
+def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True) -> Plan:
+    """The plan of a recipe. Nothing is written, and no evaluation row is read.
+
+    Every pass is rehearsed on what those before it leave, every exporter is asked for its file, and one calibration batch runs
+    through the float model.
+
+    Args:
+        trust: whether Python files that the recipe names may be run.
+        evaluate: False plans a run that judges nothing.
+
+    Raises:
+        UserError: what would stop the run, with its place; ``MissingRuntime`` where a library is absent.
+    """
+    require_runtimes(recipe)
+    torch.manual_seed(recipe.seed)
+    torch.set_num_threads(recipe.threads)
+    source = model_of(recipe, trust)
+    data = load_data(recipe, source, evaluation=False)
+    anatomy = find(source.model, source.signature, data.example, {str(k): v for k, v in recipe.model.roles.items()})
+    roles = Roles.of(source.model, anatomy)
+    rehearsal = rehearse(recipe, source, anatomy, data.example)
+    check_exporters(recipe, _traceable(source, data, source.model))
+    judges = evaluate and recipe.data.evaluation is not None
+    files = _files(recipe, source, data, rehearsal, judges)
+    by_role = roles.after(rehearsal.model, rehearsal.edits)
+    facts = _facts(recipe, source, data, anatomy, rehearsal, files)
+    split = recipe.data.evaluation
+    return Plan(
+        name=recipe.name,
+        model=source.name,
+        task=source.task,
+        notes=list(source.notes),
+        calibration={"path": data.calibration.table.name, "rows": len(data.calibration), "chosen": data.calibration.chosen},
+        evaluation=None if not judges or split is None else str(split.path or f"{recipe.data.format} data"),
+        passes=[_pass(recipe, number, step, data) for number, step in enumerate(rehearsal.steps)],
+        roles=by_role,
+        stays_float=_stays_float(rehearsal, roles),
+        bytes_before=sum(entry.before for entry in by_role),
+        bytes_after=sum(entry.after for entry in by_role),
+        files=[_file(*told) for told in files],
+        memory=memory(facts),
+        disk=disk(facts),
+        warnings=[*_absent(recipe, judges), *_wasted(recipe, rehearsal)],
+    )
+
+
+def _traceable(source: Source, data: Data, model: nn.Module) -> Traceable:
+    return Traceable(model, source.signature, data.example, source.name)
+
+
+def _files(
+    recipe: Recipe, source: Source, data: Data, rehearsal: Rehearsal, judges: bool
+) -> list[tuple[Exporter, Forecast, Forecast | None]]:
+    """Each exporter with the forecast of its file and of the float file, where there will be one."""
+    compressed, floats = _traceable(source, data, rehearsal.model), _traceable(source, data, source.model)
+    found = []
+    for number, exporter in enumerate(recipe.export):
+        with placed(recipe, "export", number, exporter.format):
+            told = exporter.forecast(compressed)
+            baseline = exporter.forecast(floats) if judges else None
+        if told is not None:
+            found.append((exporter, told, baseline))
+    return found
+
+
+def _facts(
+    recipe: Recipe,
+    source: Source,
+    data: Data,
+    anatomy: Anatomy,
+    rehearsal: Rehearsal,
+    files: Sequence[tuple[Exporter, Forecast, Forecast | None]],
+) -> Facts:
+    batch = next(iter(data.calibration_batches()))
+    rows = next(iter(batch.values())).shape[0]
+    given: dict[str, torch.Tensor] = {}
+
+    def run() -> None:
+        given["output"] = source.signature.call(source.model, batch)
+
+    with evaluating(source.model), _block_bytes(source.model, [block.path for block in anatomy.blocks]) as heard:
+        activations = live_bytes(run)
+    a_row = -(-given["output"].nbytes // rows)
+    of_blocks = max(1, sum(heard.values()) // rows)
+    split = recipe.data.evaluation
+    wide = sum(tensor.nbytes for tensor in batch.values()) // rows + 2 * a_row
+    sizes = {data.batch_size, 4, 1, *recipe.measure.batch_sizes}
+    return Facts(
+        floats=sum(entry.bytes for entry in inventory(source.model).values()),
+        compressed=rehearsal.steps[-1].bytes_after if rehearsal.steps else _stored(source.model),
+        activations=activations,
+        largest=max((parameter.nbytes for parameter in source.model.parameters()), default=0),
+        files=files,
+        sizes=(len(sizes), len(recipe.measure.batch_sizes)),
+        blocks=of_blocks * min(_BLOCK_ROWS, len(data.calibration), max(1, _BLOCK_BYTES // of_blocks)),
+        outputs=None if split is None or split.count is None else 2 * split.count * data.calibration.group * a_row,
+        kept=min(_KEPT_ROWS, max(4, _KEPT_BYTES // max(1, wide))) * wide,
+        source=sum(os.path.getsize(path) for path in source.files),
+        checkpoints=[step.bytes_after for step in rehearsal.steps],
+        each_pass=recipe.measure.when == "each_pass",
+        evaluates=any(baseline is not None for _, _, baseline in files),
+    )
+
+
+class _block_bytes:
+    """While it lasts, notes the bytes that each module at the given paths gives, in the mapping it returns."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self.model, self.paths = model, paths
+        self.heard: dict[str, int] = {}
+
+    def __enter__(self) -> Mapping[str, int]:
+        from torch.utils._pytree import tree_leaves
+
+        def hook(path: str) -> Any:
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+                self.heard[path] = tensors[0].nbytes if tensors else 0
+
+            return after
+
+        self.handles = [self.model.get_submodule(path).register_forward_hook(hook(path)) for path in self.paths]
+        return self.heard
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _stored(model: nn.Module) -> int:
+    return sum(entry.bytes for entry in inventory(model).values())
+
+
+def _pass(recipe: Recipe, number: int, done: Rehearsed, data: Data) -> PlannedPass:
+    step = done.step
+    roles = {site.path: ", ".join(site.roles) for site in done.anatomy.sites}
+    return PlannedPass(
+        name=step.name,
+        place=recipe.place("passes", number, step.name),
+        options=step.model_dump(mode="json"),
+        sites=_grouped([(target.path, target.role, target.action) for target in done.targets]),
+        skipped=_grouped([(path, roles.get(path, ""), reason) for path, reason in done.skips.items()]),
+        calibration_rows=len(data.calibration) if step.calibrates else 0,
+        bytes_before=done.bytes_before,
+        bytes_after=done.bytes_after,
+    )
+
+
+def _grouped(places: Sequence[tuple[str, str, str]]) -> list[SiteGroup]:
+    """(path, role, what) by what they have in common, in the order of the first of each."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for path, role, what in places:
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", path), role, what), []).append(path)
+    return [
+        SiteGroup(pattern=pattern if len(paths) > 1 else paths[0], paths=paths, role=role, action=what)
+        for (pattern, role, what), paths in groups.items()
+    ]
+
+
+def _file(exporter: Exporter, told: Forecast, baseline: Forecast | None) -> PlannedFile:
+    return PlannedFile(
+        format=exporter.format,
+        path=exporter.filename,
+        size_bytes=told.size_bytes,
+        float_size_bytes=None if baseline is None else baseline.size_bytes,
+        run_in_float=_grouped([(path, "", reason) for path, reason in told.float_sites.items()]),
+    )
+
+
+def _stays_float(rehearsal: Rehearsal, roles: Roles) -> list[FloatPart]:
+    """Bytes by role of what holds no integer codes."""
+    places = {roles.whereabouts.after(path, rehearsal.edits): role for path, role in roles.holders.items()}
+    modules = dict(rehearsal.model.named_modules(remove_duplicate=False))
+    coded = {path: "" for path, module in modules.items() if hasattr(module, "quantized_weight")}
+    holders = coded | {place: role for place, role in places.items() if place is not None and place not in coded}
+    found = bytes_by_role(rehearsal.model, holders)
+    ordered = sorted(found.items(), key=lambda entry: -entry[1])
+    return [FloatPart(role=role, bytes=size) for role, size in ordered if role and size]
+
+
+def _absent(recipe: Recipe, judges: bool) -> list[str]:
+    """A sentence where the evaluation data is not there; it is not opened."""
+    split = recipe.data.evaluation
+    if not judges or split is None or split.path is None or os.path.exists(recipe.path(Path(split.path))):
+        return []
+    return [f"{recipe.place('data', 'evaluation', 'path')}: there is no {split.path}: the run would stop there"]
+
+
+def _wasted(recipe: Recipe, rehearsal: Rehearsal) -> list[str]:
+    """A sentence for each pass that works on layers which a later pass takes out."""
+    said = []
+    for number, later, count in rehearsal.wasted:
+        first, second = recipe.passes[number], recipe.passes[later]
+        cost = " and calibrated" if first.calibrates else ""
+        said.append(
+            f"{recipe.place('passes', later, second.name)}: {second.name} takes out {count} layers that {first.name} before it "
+            f"has changed{cost}: the other way round saves that work"
+        )
+    return said
