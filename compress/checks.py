@@ -29,6 +29,6 @@ def placed(recipe: Recipe, *path: Step) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        place = recipe.place(*path)
+        place = recipe.place(*path, error.what.partition(" ")[0])  # an option, where the first word names one
         error.where = f"{place}: {error.where}" if error.where else place
         raise

@@ -57,7 +57,7 @@ def resolve(roles: Mapping[str, Sequence[str]], paths: Sequence[str]) -> dict[st
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             matched = [path for path in paths if fnmatchcase(path, pattern)]
             if not matched:
-                raise unknown(f"roles: {role}", "pattern", pattern, paths)
+                raise unknown(f"model.roles.{role}", "pattern", pattern, paths)
             for path in matched:
                 given.setdefault(path, []).append(role)
     return {path: tuple(role for role in ROLES if role in found) for path, found in given.items()}
