@@ -20,6 +20,8 @@ from export.onnx_ops import biased, broadcast
 __all__ = ["dense", "patches", "product", "rows"]
 
 _BLOCKS = (128, 64, 32, 16)
+_FEW = 64
+"""Fewer numbers than these are not worth a node."""
 
 
 # -- reading the traced ops -----------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def _parameters(b: Lowering, carried: Carried, flipped: bool, kind: str = "INT8"
         attributes = {"axis": 0 if flipped else 1, "block_size": carried.matrix[1] // carried.groups}
     elif not carried.per_tensor:
         attributes = {"axis": 1 if flipped else 0}
-    scale = b.constant(laid_out(carried.scale), name=f"{carried.path}.scale")
+    scale = _halved(b, laid_out(carried.scale), f"{carried.path}.scale")
     if carried.zero_point is None:
         return scale, None, attributes
     shift, name = laid_out(carried.zero_point), f"{carried.path}.zero_point"
@@ -233,6 +235,14 @@ def _parameters(b: Lowering, carried: Carried, flipped: bool, kind: str = "INT8"
         data = pack(shift.contiguous(), int(kind[3:])).numpy()
         return scale, b.packed(lambda: data, kind, tuple(shift.shape), name), attributes
     return scale, b.constant(shift, name=name), attributes
+
+
+def _halved(b: Lowering, numbers: Tensor, name: str) -> Held:
+    """Numbers that are float16 numbers, stored as such and widened by a Cast, which runtimes fold at load."""
+    held = b.constant(numbers, name=name)
+    if b.dialect == "tensorrt" or numbers.numel() < _FEW or not torch.equal(numbers.half().float(), numbers.float()):
+        return held
+    return b.cast(b.pinned(b.constant(numbers.half(), name=name)), torch.float32)
 
 
 def _multiplied(b: Lowering, carried: Carried, flipped: bool) -> Held:
@@ -407,12 +417,16 @@ def _row_scales(b: Lowering, ids: Held, carried: Carried, values: Held) -> Held:
     blocks = b.reshape(values, (*ids.shape, groups, carried.matrix[1] // groups)) if groups > 1 else values
 
     def picked(parameter: Tensor, name: str) -> Held:
-        parameter = parameter.float()
-        held = b.constant(parameter.reshape(()) if carried.per_tensor else parameter, name=f"{carried.path}.{name}")
+        half = parameter.half()
+        stored = half if torch.equal(half.float(), parameter.float()) else parameter.float()
+        if carried.per_tensor:
+            stored = parameter.float().reshape(())
+        held = b.constant(stored, name=f"{carried.path}.{name}")
         held.exact = True
         if carried.per_tensor:
             return held
-        rows_ = b.op("Gather", held, ids, shape=(*ids.shape, groups), dtype=torch.float32, axis=0)
+        rows_ = b.op("Gather", b.pinned(held), ids, shape=(*ids.shape, groups), dtype=stored.dtype, axis=0)
+        rows_ = b.cast(rows_, torch.float32)
         return b.reshape(rows_, (*ids.shape, groups, 1)) if groups > 1 else rows_
 
     if carried.zero_point is not None:
