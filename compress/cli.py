@@ -80,7 +80,7 @@ def apply(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="The run folder; by default runs/ and the name of the recipe."),
+        typer.Option("--out", metavar="FOLDER", readable=False, help="The run folder; by default runs/ and the name of the recipe."),
     ] = None,
     trust: Trust = False,
     no_evaluation: Annotated[
@@ -190,7 +190,7 @@ def inspect(
 
 @app.command()
 def validate(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The folder of a finished run.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", readable=False, help="The folder of a finished run.")],
     trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the final table.")] = False,
 ) -> None:
@@ -212,7 +212,7 @@ def validate(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The folder of a finished run.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", readable=False, help="The folder of a finished run.")],
 ) -> None:
     """Print the table of a finished run again, and write its report.html anew.
 
@@ -285,9 +285,9 @@ def schema() -> None:
 
         # yaml-language-server: $schema=recipe.schema.json
     """
-    from compress.recipe import recipe_schema
+    from compress.editor_schema import editor_schema
 
-    print(json.dumps(recipe_schema(), indent=2))
+    print(json.dumps(editor_schema(), indent=2))
 
 
 @app.command()

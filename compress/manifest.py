@@ -11,13 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibrate.errors import UserError
+
 if TYPE_CHECKING:
     from compress.datasets import Data
     from compress.recipe import Recipe
     from compress.sources import Source
     from export.contract import Artifact
 
-__all__ = ["digest", "machine", "size_bytes", "versions", "write", "write_json"]
+__all__ = ["digest", "machine", "read", "size_bytes", "versions", "write", "write_json"]
 
 _LIBRARIES = (
     "transformer-compress", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime", "openvino", "coremltools",
@@ -100,3 +102,26 @@ def write(out: Path, recipe: Recipe, source: Source, data: Data, artifacts: Mapp
         "machine": machine(recipe.threads),
     }
     write_json(out / "manifest.json", content)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder, with ``base`` and ``files`` as ``write`` makes them.
+
+    Raises:
+        UserError: it cannot be read, or was written by a later version of this program.
+    """
+    path = folder / "manifest.json"
+    try:
+        told = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read: {error.strerror}", "Name the folder of a finished run.") from None
+    except (ValueError, RecursionError):
+        raise UserError(str(path), "is not JSON", "Run the recipe again.") from None
+    if isinstance(told, dict) and told.get("version") not in (None, 1):
+        raise UserError(str(path), f"has version {told['version']}, this program reads version 1", "Update the package.")
+    files = told.get("files") if isinstance(told, dict) else None
+    whole = isinstance(files, dict) and all(isinstance(entry, dict) and "sha256" in entry for entry in files.values())
+    if not whole or not isinstance(told.get("base"), str):
+        raise UserError(str(path), "is not a manifest", "Run the recipe again.")
+    found: dict[str, Any] = told
+    return found

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from calibrate.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -214,9 +216,25 @@ def write(report: Report, folder: Path) -> Path:
     return path
 
 
-def read(folder: Path) -> Report:
-    """The report of a run folder."""
-    return Report.model_validate_json((folder / "report.json").read_text())
+def read(folder: Path, name: str = "report.json") -> Report:
+    """The report of a run folder; ``validation.json`` is one too.
+
+    Raises:
+        UserError: it cannot be read, or was written by a later version of this program.
+    """
+    path = folder / name
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read: {error.strerror}", "Name the folder of a finished run.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        says = f"{place}: {first['msg']}" if place else first["msg"].partition("\n")[0]
+        later = first["type"] == "extra_forbidden" or place == "version"
+        hint = "A later version of this program may have written it; update, or run the recipe again."
+        what = f"is not a report that this version can read: {says}"
+        raise UserError(str(path), what, hint if later else "Run the recipe again.") from None
 
 
 def table(report: Report) -> Table:

@@ -33,9 +33,9 @@ class Saved:
 
     def __init__(self, metadata: dict[str, Any]) -> None:
         self.edits = [Edit(**edit) for edit in metadata["edits"]]
-        self.rebuild: dict[str, Any] = metadata["rebuild"]
+        self.rebuild: dict[str, Any] = dict(metadata["rebuild"])
         self.signature = signature_from(metadata["signature"])
-        self.tied: dict[str, str] = metadata["tied"]
+        self.tied: dict[str, str] = dict(metadata["tied"])
 
 
 def save(model: nn.Module, edits: list[Edit], rebuild: dict[str, Any], signature: Signature, folder: Path) -> Path:
@@ -87,10 +87,15 @@ def read(folder: Path) -> Saved:
         raise UserError(str(path), f"not a safetensors file ({error})", "Run the recipe again.") from None
     if _KEY not in metadata:
         raise UserError(str(path), "was not written by compress", "Name the folder of a finished run.")
-    described = json.loads(metadata[_KEY])
-    if described["version"] != 1:
-        raise UserError(str(path), f"has version {described['version']}, this program reads version 1", "Update the package.")
-    return Saved(described)
+    try:
+        described = json.loads(metadata[_KEY])
+        if described["version"] != 1:
+            what = f"has version {described['version']}, this program reads version 1"
+            raise UserError(str(path), what, "Update the package.")
+        return Saved(described)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = f"does not say how its model is made ({type(error).__name__}: {error})"
+        raise UserError(str(path), what, "Run the recipe again.") from None
 
 
 def load(folder: str | Path, *, trust: bool = False) -> nn.Module:
@@ -101,14 +106,33 @@ def load(folder: str | Path, *, trust: bool = False) -> nn.Module:
         trust: whether the user's own Python file may be run again, for a model that came from ``file.py:function``.
 
     Raises:
-        UserError: no such folder, or the model came from a Python file and ``trust`` is False.
+        UserError: no such folder, the model came from a Python file and ``trust`` is False, or the file is not the one that the
+            run wrote and cannot be used.
     """
     from compress.sources import rebuild_model
 
     folder = Path(folder)
     model = rebuild_model(read(folder).rebuild, folder, trust=trust)
-    restore(model, folder)
+    try:
+        restore(model, folder)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if _as_written(folder):
+            raise
+        told = str(error).strip().rpartition("\n")[2].strip()
+        raise UserError(
+            str(folder / _FILE), f"is not the file that the run wrote: {told[:200]}", "Run the recipe again."
+        ) from None
     return model.eval().requires_grad_(False)
+
+
+def _as_written(folder: Path) -> bool:
+    """Whether the file has the hash that the run's manifest records: then what fails is our defect."""
+    from compress import manifest
+
+    try:
+        return bool(manifest.digest(folder / _FILE) == manifest.read(folder)["files"][_FILE]["sha256"])
+    except (UserError, KeyError):
+        return True
 
 
 def restore(model: nn.Module, folder: Path) -> Surgery:
@@ -149,5 +173,12 @@ def signature_json(signature: Signature) -> dict[str, Any]:
 
 def signature_from(plain: dict[str, Any]) -> Signature:
     """The inverse of ``signature_json``."""
-    inputs = tuple(TensorSpec(spec["name"], getattr(torch, spec["dtype"]), tuple(spec["shape"])) for spec in plain["inputs"])
+    inputs = tuple(TensorSpec(spec["name"], _dtype(spec["dtype"]), tuple(spec["shape"])) for spec in plain["inputs"])
     return Signature(inputs, plain["output"], plain["output_name"], plain["constants"])
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no type of elements")
+    return found

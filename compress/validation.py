@@ -6,7 +6,6 @@ Where the recipe's model and data can still be reached, on all evaluation rows; 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from calibrate.errors import MissingRuntime, UserError
+from calibrate.errors import LostInExport, MissingRuntime, UserError
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.journal import FOLDER
@@ -86,15 +85,17 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
     from compress.recipe import read
 
     progress = progress or Progress()
-    if not (folder / "report.json").is_file() or not (folder / "manifest.json").is_file():
+    if not all(os.path.isfile(folder / file) for file in ("report.json", "manifest.json")):
         begun = (folder / FOLDER).is_dir()
         hint = (
             "The run was interrupted, or is at work: give its command again." if begun else "Name one, such as runs/quickstart."
         )
         raise UserError(str(folder), "is not the folder of a finished run", hint)
-    told: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    told = manifest.read(folder)
     recipe = read(folder / "recipe.yaml", base=(folder / told["base"]).resolve())
     before = report.read(folder)
+    if "task" not in before.model or not before.rows:
+        raise UserError(str(folder / "report.json"), "does not say what was judged", "Run the recipe again.")
     require_runtimes(recipe)
     with writable(folder), locked(folder):
         return _validated(recipe, folder, told, before, trust, progress)
@@ -113,7 +114,7 @@ def _validated(recipe: Recipe, folder: Path, told: dict[str, Any], before: Repor
         if baseline.exists():
             judge.floats[exporter.format] = _artifact(exporter, baseline)
         with progress.step(f"{exporter.format}: open, run, judge"):
-            rows += judge.file(exporter, _artifact(exporter, folder / exporter.filename), promise)
+            rows += _judged(judge, exporter, folder, promise, {limit.artifact for limit in limits})
     rows, limits = with_float_times(rows), limits + verdict(rows, recipe.accept)
     met = all(limit.met for limit in limits)
     made = before.model_copy(
@@ -130,6 +131,16 @@ def _validated(recipe: Recipe, folder: Path, told: dict[str, Any], before: Repor
     )
     manifest.write_json(folder / "validation.json", made.model_dump(mode="json"))
     return made
+
+
+def _judged(judge: Judge, exporter: Exporter, folder: Path, promise: Promise, changed: set[str]) -> list[Row]:
+    try:
+        return judge.file(exporter, _artifact(exporter, folder / exporter.filename), promise)
+    except LostInExport as error:
+        if exporter.filename not in changed:
+            raise
+        what = "is not the file that the run wrote, and does not hold the model's integers"
+        raise UserError(str(folder / exporter.filename), what, "Run the recipe again.") from error
 
 
 def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: Progress) -> tuple[Judge, Row, Row, str]:
@@ -160,19 +171,24 @@ def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: P
 
 
 def _kept(folder: Path, made: Any) -> tuple[Judge, Row, Row]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from calibrate.metrics import metric as metric_named
 
     path = folder / _FILE
     if not path.is_file():
         raise UserError(str(path), "the recipe's data cannot be reached and the run kept no rows", "Run where the data is.")
-    with safe_open(path, framework="pt") as file:
-        group = int(file.metadata()["group"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    try:
+        with safe_open(path, framework="pt") as file:
+            group = int(file.metadata()["group"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        inputs = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
+        if not inputs or not {"float", "compressed"} <= set(tensors):
+            raise ValueError("rows or outputs are missing")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(str(path), f"is damaged: {error}", "Run where the data is, or run the recipe again.") from None
     before = report.read(folder)
     name = before.rows[0].metric.name if before.rows[0].metric else ""
-    inputs = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
     judge = made(KeptRows(inputs, tensors.get("labels"), group), metric_named(name) if name else None, name, 16)
     float_row = judge.float_row(_Replay(tensors["float"]), before.rows[0].size_bytes or 0)
     size = manifest.size_bytes(folder / "model.safetensors")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import ValidationError
-
 from calibrate.errors import UserError
 from compress.report import Report
+from compress.report import read as read_report
 
 __all__ = ["Found", "read"]
 
@@ -41,28 +41,16 @@ def read(folder: Path) -> Found:
     Raises:
         UserError: there is no report in the folder, or one of its files cannot be read.
     """
-    if not (folder / "report.json").is_file():
+    if not os.path.isfile(folder / "report.json"):  # a folder that is closed has none either
         if (folder / "recipe.yaml").is_file():
             raise UserError(
                 str(folder), "its run is not finished: there is no report.json", "Run it again; it goes on from there."
             )
         what = "holds no report.json" if folder.is_dir() else "is no folder"
         raise UserError(str(folder), what, "Name the folder of a finished run, such as runs/quickstart.")
-    report = _report(folder / "report.json")
-    validation = _report(folder / "validation.json") if (folder / "validation.json").is_file() else None
+    report = read_report(folder)
+    validation = read_report(folder, "validation.json") if (folder / "validation.json").is_file() else None
     return Found(report, _manifest(folder / "manifest.json"), validation, _beside(folder, report))
-
-
-def _report(path: Path) -> Report:
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read: {error.strerror}", _AGAIN) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        says = f"{place}: {first['msg']}" if place else first["msg"]
-        raise UserError(str(path), f"is not a report that this version can read: {says}", _AGAIN) from None
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import compress
-from calibrate.errors import LostInExport, UserError
+from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from compress import report
 from compress.datasets import load_data
@@ -150,7 +150,7 @@ def test_a_flipped_bit_in_a_file_is_found(run: Path, tmp_path: Path) -> None:
     assert where > 0
     content[where + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(LostInExport):
+    with pytest.raises(UserError, match="is not the file that the run wrote, and does not hold the model's integers"):
         validate(copy)
 
 
