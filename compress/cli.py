@@ -80,7 +80,7 @@ def apply(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", readable=False, help="The run folder; by default runs/ and the name of the recipe."),
+        typer.Option("--out", metavar="FOLDER", readable=False, help="The run folder; by default runs/ and the recipe's name."),
     ] = None,
     trust: Trust = False,
     no_evaluation: Annotated[
