@@ -186,10 +186,10 @@ def test_passes_lists_every_option_and_source(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_schema_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from compress.recipe import recipe_schema
+    from compress.editor_schema import editor_schema
 
     assert run(monkeypatch, "schema") == 0
-    assert json.loads(capsys.readouterr().out) == recipe_schema()
+    assert json.loads(capsys.readouterr().out) == editor_schema()
 
 
 def test_recipes_lists_each_with_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
