@@ -65,8 +65,9 @@ def _program(recipe: Recipe) -> list[Path]:
         root = sys.modules[kind.__module__.partition(".")[0]]
         folders = [Path(folder) for folder in getattr(root, "__path__", ())]
         files |= {file for folder in folders for file in folder.rglob("*.py")} or {Path(inspect.getfile(kind))}
-    if recipe.model.source.rpartition(":")[0].endswith(".py"):
-        files |= _beside((recipe.base / recipe.model.source.rpartition(":")[0]).parent)
+    own = recipe.model.source.rpartition(":")[0]
+    if own.endswith(".py"):
+        files |= _beside((recipe.base / Path(own).expanduser()).parent)
     return sorted(files)
 
 

@@ -87,6 +87,7 @@ class Journal:
         makes: Iterable[Path] = (),
         reads: Iterable[Path] = (),
         says: str = "",
+        draws_as: str = "",
     ) -> Value:
         """The value of a part: the recorded one if the part is finished, else what ``make`` returns, which is recorded.
 
@@ -99,6 +100,7 @@ class Journal:
             makes: files and folders that it makes; what lies there is removed before.
             reads: other files that its value follows from.
             says: what progress calls it (default: its name).
+            draws_as: the name that seeds it, where that is another than its own.
         """
         makes, reads = list(makes), list(reads)
         if self.finished(name):
@@ -108,7 +110,7 @@ class Journal:
             _remove(path)
         started = time.perf_counter()
         with self._progress.step(says or name):
-            self._settle(name)
+            self._settle(draws_as or name)
             value = TypeAdapter(kind).dump_python(make(), mode="json")
         self._write(name, value, time.perf_counter() - started, [*makes, *reads])
         return self._value(name, kind)
@@ -149,6 +151,7 @@ class Journal:
 
     def close(self) -> None:
         """The run is finished: nothing of the journal is needed any more."""
+        (self.folder / "run.json").unlink()  # without it nothing is taken over, should this be cut off
         shutil.rmtree(self.folder)
 
     def _settle(self, name: str) -> None:

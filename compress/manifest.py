@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from calibrate.errors import UserError
 
 if TYPE_CHECKING:
-    from compress.datasets import Data
     from compress.recipe import Recipe
     from compress.sources import Source
     from export.contract import Artifact
@@ -86,8 +85,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def write(out: Path, recipe: Recipe, source: Source, data: Data, artifacts: Mapping[str, Artifact]) -> None:
-    """Writes ``manifest.json``, with the hashes of the recipe, the compressed model and the files."""
+def write(out: Path, recipe: Recipe, source: Source, data: dict[str, Any], artifacts: Mapping[str, Artifact]) -> None:
+    """Writes ``manifest.json``, with the hashes of the recipe, the compressed model and the files; ``data`` as
+    ``compress.datasets.Data`` describes itself."""
     files = {"recipe.yaml": out / "recipe.yaml", "model.safetensors": out / "model.safetensors"}
     files |= {artifact.path.relative_to(out).as_posix(): artifact.path for artifact in artifacts.values()}
     content = {
@@ -96,7 +96,7 @@ def write(out: Path, recipe: Recipe, source: Source, data: Data, artifacts: Mapp
         "base": os.path.relpath(recipe.base, out),
         "seed": recipe.seed,
         "model": {"source": recipe.model.source, "fingerprint": source.fingerprint},
-        "data": data.describe(),
+        "data": data,
         "files": {name: {"sha256": digest(path), "bytes": size_bytes(path)} for name, path in files.items()},
         "versions": versions(),
         "machine": machine(recipe.threads),

@@ -52,6 +52,7 @@ class Run:
     """What stays the same from the beginning of a run to its end.
 
     Attributes:
+        described: what reports and the manifest say of the data.
         judge: None where nothing is evaluated.
         journal: what is finished already, and what the parts keep for one another.
         checkpoints: the model after each pass.
@@ -64,6 +65,7 @@ class Run:
     out: Path
     source: Source
     data: Data
+    described: dict[str, Any]
     judge: Judge | None
     journal: Journal
     checkpoints: Checkpoints
@@ -132,7 +134,7 @@ def apply(
         artifacts, made = files(run, subject.model, steps)
         told = summary(run, [*rows, *made], compressed, steps, subject, artifacts)
         report.write(told, out)
-        manifest.write(out, recipe, run.source, run.data, artifacts)
+        manifest.write(out, recipe, run.source, run.described, artifacts)
         _companions(run, told)
         run.journal.close()
     return told
@@ -161,6 +163,7 @@ def _begun(recipe: Recipe, out: Path, trust: bool, evaluate: bool, fresh: bool, 
         out=out,
         source=source,
         data=data,
+        described=journal.part("rows", dict[str, Any], functools.partial(_described, data), says="look at the rows"),
         judge=judge,
         journal=journal,
         checkpoints=Checkpoints(journal.folder, source, lambda: loaded.pop() if loaded else model_of(recipe, trust).model),
@@ -171,6 +174,15 @@ def _begun(recipe: Recipe, out: Path, trust: bool, evaluate: bool, fresh: bool, 
         blocks=[block.path for block in anatomy.blocks],
         roles=Roles.of(source.model, anatomy),
     )
+
+
+def _described(data: Data) -> dict[str, Any]:
+    """What reports say of the data, with what is only noted while text is encoded: the parts that do it may be taken over."""
+    for rows in (data.calibration, data.evaluation):
+        if rows is not None and rows.encoder.ragged:
+            for _ in rows.batches(data.batch_size):
+                pass
+    return data.describe()
 
 
 def float_side(run: Run) -> list[Row]:
@@ -218,13 +230,14 @@ def saved(run: Run, subject: Subject, number: int) -> Row | None:
         return None
 
     def row() -> Row:
-        made = judge.compressed(run.call(subject.model), manifest.size_bytes(path))
+        known = run.each_pass.compressed.get(number) if run.each_pass else None
+        made = known or judge.compressed(run.call(subject.model), manifest.size_bytes(path))
         keep_rows(judge, run.out)
         return made
 
     with evaluating(subject.model):
-        kept = [*judge.files("compressed"), run.out / "kept.safetensors"]
-        found = run.journal.part("compressed model", Row, row, makes=kept, reads=[path], says="compressed model: outputs")
+        makes, reads = [run.out / "kept.safetensors"], [*judge.files("compressed"), path]
+        found = run.journal.part("compressed model", Row, row, makes=makes, reads=reads, says="compressed model: outputs")
     judge.reopen()
     return found
 

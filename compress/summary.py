@@ -52,7 +52,7 @@ def summary(
         ],
         resumed=run.journal.resumed,
         model=_about(run.source, run.float_bytes),
-        data=run.data.describe(),
+        data=run.described,
         machine=manifest.machine(run.recipe.threads),
         seconds={**run.clock.seconds, **run.journal.seconds},
         peak_memory_bytes=_peak(run, artifacts),

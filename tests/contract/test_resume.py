@@ -40,15 +40,14 @@ measure: {repeats: 3, warmup: 1}
 """
 ARTIFACTS = ("recipe.yaml", "model.safetensors", "kept.safetensors", "onnx/model.onnx")
 PARTS = (
-    "float blocks", "float reference", "float file onnx", "pass 1 drop_layers", "pass 2 quantize", "compressed model",
+    "rows", "float blocks", "float reference", "float file onnx", "pass 1 drop_layers", "pass 2 quantize", "compressed model",
     "write onnx", "judge onnx",
 )  # fmt: skip
 KILLS = (
-    ("naming", "recipe.yaml"), ("naming", "run.json"), ("naming", "float.npy"), ("before", "float reference"),
-    ("after", "float reference"), ("naming", "model.onnx"), ("after", "float file onnx"), ("before", "pass 1 drop_layers"),
-    ("after", "pass 1 drop_layers"), ("before", "pass 2 quantize"), ("after", "pass 2 quantize"), ("naming", "kept.safetensors"),
-    ("after", "compressed model"), ("before", "write onnx"), ("after", "write onnx"), ("after", "judge onnx"),
-    ("naming", "report.json"), ("naming", "manifest.json"), ("naming", "report.html"),
+    ("naming", "recipe.yaml"), ("naming", "run.json"), ("naming", "float.npy"), ("after", "float reference"),
+    ("naming", "model.onnx"), ("after", "pass 1 drop_layers"), ("before", "pass 2 quantize"), ("after", "pass 2 quantize"),
+    ("naming", "kept.safetensors"), ("before", "write onnx"), ("after", "judge onnx"), ("naming", "manifest.json"),
+    ("naming", "report.html"),
 )  # fmt: skip
 
 
