@@ -80,6 +80,10 @@ class TensorRTExporter(Exporter):
         absent = next((name for name in ("onnx", "onnx_ir") if not _installed(name)), None)
         return absent and f"{absent} is not installed, which writes the graph for the builder"
 
+    def installs(self) -> str:
+        builder = self._builder()
+        return "tensorrt-rtx" if builder == "tensorrt" and _installed("tensorrt") and gpu_name() is None else builder
+
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
         """What TensorRT has no form for. Codes of 2 bits are taken: they are stored, unchanged, as INT4."""
         return [
@@ -99,7 +103,7 @@ class TensorRTExporter(Exporter):
         graph = self._lower(source)
         size, given, copies = engine_bytes(graph), written_bytes(graph), made_bytes(graph, source.model)
         reason = f"its inputs are not quantized: the weight is made {self.precision} and multiplied so"
-        peak = max(builder_bytes(given), 2 * size + given) + copies
+        peak = max(builder_bytes(given, size), 2 * size + given) + copies
         return Forecast(size, peak, dict.fromkeys(weight_only(source.model), reason), given)
 
     def write(self, source: Traceable, path: Path) -> Artifact:
@@ -181,7 +185,7 @@ class TensorRTExporter(Exporter):
     def _ready(self) -> BuilderName:
         builder = self._builder()
         if reason := self.missing():
-            raise MissingRuntime("export.tensorrt", reason, f"pip install 'transformer-compress[{builder}]'")
+            raise MissingRuntime("export.tensorrt", reason, f"pip install 'transformer-compress[{self.installs()}]'")
         if builder == "tensorrt" and self.compute_capabilities:
             raise UserError(
                 "export.tensorrt.compute_capabilities",
