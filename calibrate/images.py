@@ -124,7 +124,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise MissingRuntime("", "Pillow is not installed", "pip install 'transformer-compress[hf]'") from None
+        raise MissingRuntime("data", "Pillow is not installed", "pip install 'transformer-compress[hf]'") from None
     return Image
 
 

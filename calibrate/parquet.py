@@ -101,7 +101,7 @@ def _open(path: Path, name: str) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise MissingRuntime("", "pyarrow is not installed", "pip install 'transformer-compress[hf]'") from None
+        raise MissingRuntime("data", "pyarrow is not installed", "pip install 'transformer-compress[hf]'") from None
     try:
         return parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:

@@ -22,7 +22,8 @@ def require_runtimes(recipe: Recipe) -> None:
     """Raises ``MissingRuntime`` for the first exporter whose library is absent; names the extra that installs it."""
     for exporter in recipe.export:
         if reason := exporter.missing():
-            raise MissingRuntime(f"export.{exporter.format}", reason, f"pip install 'transformer-compress[{exporter.extra}]'")
+            install = f"pip install 'transformer-compress[{exporter.installs()}]'"
+            raise MissingRuntime(f"export.{exporter.format}", reason, install)
 
 
 def model_of(recipe: Recipe, trust: bool) -> Source:

@@ -206,7 +206,7 @@ def need(module: str, extra: str) -> Any:
         if error.name is not None and error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         hint = f"pip install 'transformer-compress[{extra}]'"
-        raise MissingRuntime("", f"{module} is not installed", hint) from None
+        raise MissingRuntime("model", f"{module} is not installed", hint) from None
 
 
 def settle_torchvision() -> str | None:

@@ -80,7 +80,7 @@ def _timm() -> Any:
             raise
         hint = "Install the torchvision that was built for this torch, from the same index as torch."
         what = f"timm needs torchvision, which cannot be imported here: {reason}"
-        raise MissingRuntime("", what, hint) from None
+        raise MissingRuntime("model", what, hint) from None
 
 
 def _made(timm: Any, name: str, classes: int | None, seed: int) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from calibrate.errors import LostInExport, MissingRuntime, UserError
+from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.journal import FOLDER
@@ -102,8 +102,21 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
 
 
 def _validated(recipe: Recipe, folder: Path, told: dict[str, Any], before: Report, trust: bool, progress: Progress) -> Report:
+    changed = _unchanged(folder, told)
+    try:
+        return _judged(recipe, folder, changed, before, trust, progress)
+    except UserError:
+        raise
+    except Exception as error:
+        if not changed:
+            raise  # the files are those that the run wrote: it is our defect
+        line = str(error).strip().partition("\n")[0]
+        what = f"is not the file that the run wrote, and cannot be used ({line or type(error).__name__})"
+        raise UserError(str(folder / changed[0].artifact), what, "Run the recipe again.") from error
+
+
+def _judged(recipe: Recipe, folder: Path, limits: list[Limit], before: Report, trust: bool, progress: Progress) -> Report:
     torch.set_num_threads(recipe.threads)
-    limits = _unchanged(folder, told)
     with progress.step("load the compressed model"):
         model = load(folder, trust=trust)
     judge, float_row, compressed, note = _judge(recipe, folder, model, trust, progress)
@@ -114,7 +127,7 @@ def _validated(recipe: Recipe, folder: Path, told: dict[str, Any], before: Repor
         if baseline.exists():
             judge.floats[exporter.format] = _artifact(exporter, baseline)
         with progress.step(f"{exporter.format}: open, run, judge"):
-            rows += _judged(judge, exporter, folder, promise, {limit.artifact for limit in limits})
+            rows += judge.file(exporter, _artifact(exporter, folder / exporter.filename), promise)
     rows, limits = with_float_times(rows), limits + verdict(rows, recipe.accept)
     met = all(limit.met for limit in limits)
     made = before.model_copy(
@@ -131,16 +144,6 @@ def _validated(recipe: Recipe, folder: Path, told: dict[str, Any], before: Repor
     )
     manifest.write_json(folder / "validation.json", made.model_dump(mode="json"))
     return made
-
-
-def _judged(judge: Judge, exporter: Exporter, folder: Path, promise: Promise, changed: set[str]) -> list[Row]:
-    try:
-        return judge.file(exporter, _artifact(exporter, folder / exporter.filename), promise)
-    except LostInExport as error:
-        if exporter.filename not in changed:
-            raise
-        what = "is not the file that the run wrote, and does not hold the model's integers"
-        raise UserError(str(folder / exporter.filename), what, "Run the recipe again.") from error
 
 
 def _judge(recipe: Any, folder: Path, model: nn.Module, trust: bool, progress: Progress) -> tuple[Judge, Row, Row, str]:

@@ -120,6 +120,10 @@ class Exporter(BaseModel, ABC):
     def missing(self) -> str | None:
         """Why this exporter cannot work here (the library that is absent), or None."""
 
+    def installs(self) -> str:
+        """The extra that installs what ``missing`` misses."""
+        return self.extra
+
     @abstractmethod
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
         """(module path, reason) for each carried value of the compressed model that the runtime cannot hold. Cheap."""

@@ -183,8 +183,11 @@ class OnnxExporter(Exporter):
     def missing(self) -> str | None:
         absent = [name for name in ("onnx", "onnx_ir", "onnxruntime") if importlib.util.find_spec(name) is None]
         if self.openvino is True and importlib.util.find_spec("openvino") is None:
-            return "openvino is not installed (extra openvino)"
-        return f"{', '.join(absent)} not installed" if absent else None
+            absent.append("openvino")
+        return f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed" if absent else None
+
+    def installs(self) -> str:
+        return "openvino" if self.openvino is True else "onnx"
 
     def check(self, source: Traceable) -> None:
         _check_dimensions(source, self.dynamic)
@@ -214,7 +217,7 @@ class OnnxExporter(Exporter):
 
     def _ready(self) -> None:
         if (absent := self.missing()) is not None:
-            raise MissingRuntime("export.onnx", absent.split(":")[0], absent.split(": ")[-1])
+            raise MissingRuntime("export.onnx", absent, f"pip install 'transformer-compress[{self.installs()}]'")
 
     def write(self, source: Traceable, path: Path) -> Artifact:
         self._ready()

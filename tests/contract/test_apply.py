@@ -150,7 +150,7 @@ def test_a_flipped_bit_in_a_file_is_found(run: Path, tmp_path: Path) -> None:
     assert where > 0
     content[where + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is not the file that the run wrote, and does not hold the model's integers"):
+    with pytest.raises(UserError, match=r"is not the file that the run wrote, and cannot be used .*does not hold the model's"):
         validate(copy)
 
 

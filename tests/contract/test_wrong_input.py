@@ -129,8 +129,8 @@ def test_a_recipe_in_order_is_carried_out(command: Callable[..., tuple[int, str,
         ("quantize: {}", "quantise", r"^r.yaml:3:10: 'quantise' is not the name of a pass\n  Did you mean quantize\?"),
         ("quantize: {}", "quantize: {group_size: 48}", r"^r.yaml:3:33: quantize: group_size 48 does not divide the 64 inputs of"
          r" blocks.0.attn.qkv\n  Divisors near it: 32, 64"),
-        ("quantize: {}", "quantize: {sites: [attention.qurey]}", r"^r.yaml:3:\d+: quantize: .*'attention.qurey' matches nothing\n  Near"
-         r"est: attention.query"),
+        ("quantize: {}", "quantize: {sites: [attention.qurey]}", r"^r.yaml:3:\d+: quantize: .*'attention.qurey' matches nothing"
+         r"\n  Nearest: attention.query"),
         ("quantize: {}", "quantize: {skip: ['blcks.*']}", r"^r.yaml:3:\d+: quantize: .*'blcks.\*' matches nothing\n  N"),
         ("[quantize: {}]", "[quantize: {weights: 8}, quantize: {sites: ['bloks.*']}]", r"^r.yaml:3:\d+: quantize: .*'bloks.\*' m"
          r"atches nothing\n  Nearest: blocks"),
@@ -260,7 +260,7 @@ def without_tokenizer(folder: Path) -> None:
 
 WEIGHTS = "model.safetensors"
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pickle": (pickled, r"^bert: its weights are a pickle .pytorch_model.bin., which is not read\n  Convert them where you trust"),
+    "pickle": (pickled, r"^bert: its weights are a pickle .pytorch_model.bin., which is not read\n  Convert them where"),
     "cut in half": (
         lambda folder: os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size // 2),
         r"^bert/model.safetensors: is damaged or not a safetensors file .*\n  Copy or download it again",
