@@ -67,9 +67,9 @@ def line(x0: float, x1: float, y0: float, y1: float, xref: str, yref: str) -> di
     return {"type": "line", "layer": "below", "line": drawn, **ends}
 
 
-def bar(figure: Figure | None = None) -> dict[str, Any]:
-    """An error bar from the low to the high end of a figure's interval, in the tone of intervals."""
-    drawn: dict[str, Any] = {"type": "data", "symmetric": False, "color": "var(--interval)", "thickness": 1.5, "width": 4}
+def bar(number: int, figure: Figure | None = None) -> dict[str, Any]:
+    """An error bar from the low to the high end of a figure's interval, thin, in the colour of its file."""
+    drawn: dict[str, Any] = {"type": "data", "symmetric": False, "color": _colour(number), "thickness": 1.25, "width": 4}
     low = high = 0.0
     if figure is not None and figure.low is not None and figure.high is not None:
         low, high = figure.value - figure.low, figure.high - figure.value
@@ -78,15 +78,18 @@ def bar(figure: Figure | None = None) -> dict[str, Any]:
 
 def marker(number: int) -> dict[str, Any]:
     """The symbol of a file, as in the table; 0 is the float model."""
-    colour = f"var(--mark-{(number - 1) % len(SYMBOLS) + 1})" if number else "var(--reference)"
     symbol = SYMBOLS[(number - 1) % len(SYMBOLS)] if number else "circle-open"
     edge = {"color": "var(--paper)", "width": 1.5} if number else {"color": "var(--reference)", "width": 2}
-    return {"color": colour, "symbol": symbol, "size": 12, "line": edge}
+    return {"color": _colour(number), "symbol": symbol, "size": 12, "line": edge}
 
 
 def decimals(ends: Sequence[float]) -> str:
     """The format of an axis whose marks all have as many decimals as its range asks for."""
     return f".{max(0, math.ceil(-math.log10((ends[1] - ends[0]) / 5)))}f"
+
+
+def _colour(number: int) -> str:
+    return f"var(--mark-{(number - 1) % len(SYMBOLS) + 1})" if number else "var(--reference)"
 
 
 def span(figures: Sequence[Figure]) -> list[float]:

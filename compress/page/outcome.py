@@ -122,17 +122,17 @@ def _smaller(row: Row) -> tuple[str, str]:
 
 
 def _paces(row: Row) -> list[tuple[str, str]]:
-    """The change of time at each batch size; none where the interval holds 1, the interval itself where it is wide."""
-    return [(_pace(latency), f" at batch {latency.batch}") for latency in row.latency if latency.ratio is not None]
+    """The change of time at each batch size; no claim where a wide interval holds 1, the interval itself where it does not."""
+    return [_pace(latency, latency.ratio) for latency in row.latency if latency.ratio is not None]
 
 
-def _pace(latency: Latency) -> str:
-    assert latency.ratio is not None
-    low = latency.ratio_low if latency.ratio_low is not None else latency.ratio
-    high = latency.ratio_high if latency.ratio_high is not None else latency.ratio
+def _pace(latency: Latency, ratio: float) -> tuple[str, str]:
+    low = ratio if latency.ratio_low is None else latency.ratio_low
+    high = ratio if latency.ratio_high is None else latency.ratio_high
+    at = f" at batch {latency.batch}"
     if low <= 1 <= high:
-        return "as fast as float"
-    return wording.times(latency.ratio, "faster", "slower") if high < 1.25 * low else wording.paces(low, high)
+        return ("as fast as float", at) if high < 1.25 * low else ("", f"time{at} within noise of float")
+    return (wording.times(ratio, "faster", "slower") if high < 1.25 * low else wording.paces(low, high)), at
 
 
 def _lost(row: Row) -> tuple[str, str]:

@@ -26,8 +26,10 @@ def trade_off(report: Report) -> tuple[str, list[Plot]]:
                 points.setdefault(latency.batch, []).append((row, latency, latency.ratio))
     if not points:
         return name, []
-    wide = max(latency.ratio_high or ratio for found in points.values() for _, latency, ratio in found)
-    across = {"range": [0, max(1.12, wide * 1.06)], "title": {"text": "time, ratio to float in the same runtime", "standoff": 8}}
+    across = {
+        "range": [0, _end([point for found in points.values() for point in found])],
+        "title": {"text": "time, ratio to float in the same runtime", "standoff": 8},
+    }
     ends = span(list(figures.values()))
     up = {"range": ends, "tickformat": decimals(ends), "title": {"text": escape(name)}}
     numbers = marks(report.rows)
@@ -37,7 +39,7 @@ def trade_off(report: Report) -> tuple[str, list[Plot]]:
         found.sort(key=lambda point: point[2])
         told = [f"{row.label}: {name} {_told(figures[row.label])}, time {_ratio(latency)}" for row, latency, _ in found]
         frame = layout(across, up)
-        frame["shapes"], frame["annotations"] = _float(reference)
+        frame["shapes"], frame["annotations"] = _float(reference, ends)
         data = [_point(point, rank, found, name, figures, numbers) for rank, point in enumerate(found)]
         plots.append(Plot(f"plot-batch-{batch}", f"batch {batch}", f"batch {batch}: {'; '.join(told)}.", data, frame))
     return name, plots
@@ -70,7 +72,7 @@ def quality(report: Report) -> Plot | None:
             "mode": "markers",
             "x": [figures[row.label].value],
             "y": [escape(row.label)],
-            "error_x": bar(figures[row.label]),
+            "error_x": bar(numbers[row.label], figures[row.label]),
             "marker": marker(numbers[row.label]),
             "hoverinfo": "text",
             "hovertext": [f"<b>{escape(row.label)}</b><br>{escape(name)} {_told(figures[row.label])}"],
@@ -96,6 +98,7 @@ def _point(
     point: _Point, rank: int, found: list[_Point], name: str, figures: dict[str, Figure], numbers: dict[str, int]
 ) -> dict[str, Any]:
     row, latency, ratio = point
+    number = numbers[row.label]
     low = ratio if latency.ratio_low is None else latency.ratio_low
     high = ratio if latency.ratio_high is None else latency.ratio_high
     return {
@@ -103,22 +106,29 @@ def _point(
         "mode": "markers+text",
         "x": [ratio],
         "y": [figures[row.label].value],
-        "error_x": {**bar(), "array": [max(0.0, high - ratio)], "arrayminus": [max(0.0, ratio - low)]},
-        "error_y": bar(figures[row.label]),
-        "marker": marker(numbers[row.label]),
+        "error_x": {**bar(number), "array": [max(0.0, high - ratio)], "arrayminus": [max(0.0, ratio - low)]},
+        "error_y": bar(number, figures[row.label]),
+        "marker": marker(number),
         "text": [escape(row.label)],
-        "textposition": _beside(rank, len(found)),
+        "textposition": _beside(rank, len(found), ratio),
         "textfont": {**MUTED, "size": 13, "color": "var(--ink)"},
-        "cliponaxis": False,
         "hoverinfo": "text",
         "hovertext": [_hover(row, latency, name, figures[row.label])],
     }
 
 
-def _beside(rank: int, count: int) -> str:
-    """Where a point's name stands: away from its neighbours, clear of its bars."""
+def _end(points: Sequence[_Point]) -> float:
+    """Where the axis of time ends: all points are in it, and float; a bar that is very long runs out of the frame."""
+    reach = max(latency.ratio_high or ratio for _, latency, ratio in points)
+    return max(1.12, 1.06 * min(reach, 1.5 * max(ratio for *_, ratio in points)))
+
+
+def _beside(rank: int, count: int, ratio: float) -> str:
+    """Where a point's name stands: away from its neighbours, clear of its bars, not over the axis."""
     if rank == count - 1:
         return "top right"
+    if ratio < 0.3:
+        return "bottom right"
     return ("top left", "bottom left", "bottom right")[rank % 3]
 
 
@@ -133,17 +143,20 @@ def _hover(row: Row, latency: Latency, name: str, figure: Figure) -> str:
     return "<br>".join([*lines, escape(latency.runtime)])
 
 
-def _float(reference: Figure | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _float(reference: Figure | None, up: Sequence[float]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Where float stands: a line at ratio 1, a line at its metric, and its interval as a band."""
     shapes = [line(1, 1, 0, 1, "x", "paper")]
     notes = [note("float", 1, 1, "right", "top", xref="x", yref="paper", xshift=-4)]
     if reference is None:
         return shapes, notes
     shapes.append(line(0, 1, reference.value, reference.value, "paper", "y"))
-    notes.append(note(f"float {reference.value:.4f}", 1, reference.value, "right", "top", xref="x", yref="y", xshift=-4))
+    low = high = reference.value
     if reference.low is not None and reference.high is not None:
+        low, high = reference.low, reference.high
         ends = {"x0": 0, "x1": 1, "xref": "paper", "y0": reference.low, "y1": reference.high, "yref": "y"}
         shapes.insert(0, {"type": "rect", "layer": "below", "fillcolor": "var(--band)", "line": {"width": 0}, **ends})
+    within = "bottom" if high - low > 0.2 * (up[1] - up[0]) else "top"
+    notes.append(note(f"float {_told(reference)}", 1, low, "right", within, xref="paper", yref="y", xshift=-4))
     return shapes, notes
 
 

@@ -157,6 +157,10 @@ def test_a_missed_line_is_marked_where_its_figure_stands_and_nowhere_else() -> N
             {"latency": [latency(1, 5.0, 0.17, "onnx").model_copy(update={"ratio_low": 0.14, "ratio_high": 0.57})]},
             "1.8 to 7.1 times faster at batch 1",
         ),
+        (
+            {"latency": [latency(1, 5.0, 1.05, "onnx").model_copy(update={"ratio_low": 0.38, "ratio_high": 3.1})]},
+            "; time at batch 1 within noise of float; ",
+        ),
         ({"drop": drop(0.02)}, "drop +0.0200 [+0.013, +0.027]; 98.97% of predictions as float; time not measured."),
         ({"drop": drop(0.001)}, "drop +0.0010 [-0.006, +0.008], which includes no loss; "),
         ({"validated": "none", "drop": None, "agreement": None, "note": "no such device"}, "; not run: no such device."),
