@@ -33,6 +33,8 @@ class EachPass:
     recipe: Recipe
     judge: Judge
     folder: Path
+    compressed: dict[int, Row] = field(default_factory=dict)
+    """The row of the torch model whose outputs the judge holds, by number of the pass after which it was run."""
     _latest: dict[int, Standing] = field(default_factory=dict)
 
     def path(self, number: int) -> Path:
@@ -49,7 +51,7 @@ class EachPass:
             source: the model after the pass.
             compressed: runs that model on the evaluation rows, for the judge.
         """
-        compressed()
+        self.compressed = {number: compressed()}
         artifacts = self._written(source, self.path(number))
         rows, worth, after = measured(self.judge, self.recipe.export, self._standing(stands), artifacts, Promise.of(source))
         verdict = paid(worth)

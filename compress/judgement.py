@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "Promise", "agreement", "decibels", "figure", "unjudged", "verdict", "with_float_times"]
 
 _WORST_DB = -999.0
+_LARGEST = 1e9
 _STATISTICS = "float-statistics.npy"
 _TIMES = ("median_ms", "low_ms", "high_ms")
 _RUNTIME_LIMITS = ("metric_drop", "agreement", "sqnr_db", "latency_ratio", "size_ratio")
@@ -61,15 +62,20 @@ class Promise:
 
 
 def figure(name: str, estimate: Estimate) -> Figure:
-    """An estimate as a figure of the report."""
+    """An estimate as a figure of the report, in numbers that JSON has: what is not finite (the perplexity of a model that gives
+    NaN) becomes the largest figure told, a difference of two such 0, an end of their interval none."""
     return Figure(
         name=name,
-        value=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
+        value=_told(estimate.value) or 0.0,
+        low=_told(estimate.low),
+        high=_told(estimate.high),
         rows=estimate.rows,
         method=estimate.method,
     )
+
+
+def _told(value: float) -> float | None:
+    return None if math.isnan(value) else min(max(value, -_LARGEST), _LARGEST)
 
 
 @dataclass

@@ -44,6 +44,8 @@ def passes(run: Run) -> tuple[Subject, list[StepRecord]]:
             functools.partial(_carried_out, run, subject, number, step),
             makes=[run.checkpoints.path(number)],
             says=f"pass {number} of {len(run.recipe.passes)}: {step.name}",
+            # As in a recipe without those that were taken back.
+            draws_as=_part(1 + sum(not step.undone for step in steps), step),
         )
         steps.append(record if run.each_pass is None else _weighed(run, run.each_pass, subject, record, number, before))
         if steps[-1].undone:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import torch
 
+from calibrate.metrics import metric
+from compress.judgement import figure
 from compress.report import Figure, Worth
 from compress.worth import brings, costs, paid, says
 
@@ -13,7 +17,7 @@ from compress.worth import brings, costs, paid, says
 def worth(label: str = "onnx", lost: float | None = 0.0, metric: str = "accuracy", **figures: Any) -> Worth:
     """A file that was run before and after, equal in size and without a time."""
     drop = None if lost is None else Figure(name=f"{metric} lost", value=lost, low=lost - 0.01, high=lost + 0.01, rows=100)
-    return Worth(label=label, drop=drop, **{"compared": True, "size_ratio": 1.0, "size_bytes": 1000, **figures})
+    return Worth(**{"label": label, "drop": drop, "compared": True, "size_ratio": 1.0, "size_bytes": 1000, **figures})
 
 
 def time(ratio: float, low: float, high: float, runs: int = 30) -> dict[str, float]:
@@ -125,3 +129,16 @@ def test_what_is_not_taken_back_does_not_pay() -> None:
         "onnx: the same size, 1.0 points of accuracy lost; coreml: the same size, accuracy kept. "
         "It makes accuracy worse and brings neither size nor speed: it does not pay."
     )
+
+
+def test_a_destroyed_language_model_has_figures_that_json_can_hold() -> None:
+    perplexity, batch = metric("perplexity"), {"input_ids": torch.randint(0, 50, (8, 12))}
+    good = torch.randn(8, 12, 50)
+    kept, destroyed = (perplexity.rows(outputs, batch, None) for outputs in (good, good * float("nan")))
+    first, again = (figure("perplexity lost", perplexity.drop(before, destroyed)) for before in (kept, destroyed))
+    assert (first.value, first.low, first.high) == (1e9, None, None)
+    assert again.value == 0, "no worse than before"
+    assert costs([worth(drop=first, size_ratio=1.0)])
+    assert not costs([worth(drop=again)])
+    for made in (first, again, figure("perplexity", perplexity.estimate(destroyed))):
+        json.dumps(made.model_dump(mode="json"), allow_nan=False)
