@@ -145,25 +145,7 @@ class Card:
             taken = f"The file takes {interface.least} to {interface.most} rows at a time"
         else:
             taken = "The file takes any number of rows at a time"
-        return f"{taken}. {self._making_of_rows()}".rstrip()
-
-    def _making_of_rows(self) -> str:
-        program = self.program
-        settings = program.settings
-        if program.reads == "images":
-            return (
-                f"An image is resized to {settings['resize']} ({settings['interpolation']}), "
-                f"{'cut in the middle' if settings['crop'] else 'resized'} to {settings['size']} where that is another size; "
-                f"pixels become `(byte * {settings['scale']} - mean) / std` with mean {settings['mean']} and std "
-                f"{settings['std']} (from: {settings['from']})."
-            )
-        if program.reads == "running text":
-            return f"A row is {program.tokens} tokens of running text, without special tokens (tokenizer: `../source`)."
-        if program.reads == "text":
-            two = ", of two texts in one input" if program.joint else ", two rows for a pair" if program.pairs else ""
-            return f"A text is padded or cut to {program.tokens} tokens{two} (tokenizer: `../source`)."
-        plain = {name: said for name, said in settings.items() if name in {port.name for port in program.inputs}}
-        return " ".join(f"`{name}`: {said}." for name, said in plain.items())
+        return f"{taken}. {prose.making_of_rows(self.program)}".rstrip()
 
     @property
     def meaning(self) -> str:
@@ -265,9 +247,10 @@ class Card:
         if self.float_row is None:
             return [("size", ["", *(wording.size(row) for row in self.of)])]
         name, float_row = self.report.data.get("metric", "metric"), self.float_row
+        lost = "perplexity gained, as a share" if name == "perplexity" else f"{name} lost"
         made = [
             (name, [wording.metric(row.metric) for row in (float_row, *self.of)]),
-            (f"{name} lost (paired; positive is worse)", ["", *(wording.drop(row.drop) for row in self.of)]),
+            (f"{lost} (paired; positive is worse)", ["", *(wording.drop(row.drop) for row in self.of)]),
             ("same answer as float", ["", *(wording.share(row.agreement) for row in self.of)]),
             ("SQNR against float", ["", *(wording.decibels(row.sqnr_db, row) for row in self.of)]),
             (
@@ -326,12 +309,11 @@ class Card:
 
     @property
     def again(self) -> str:
-        base = self._manifest.get("recipe", self.recipe.name)
+        threads = f"{self.recipe.threads} thread{'s' if self.recipe.threads > 1 else ''}"
         return (
-            f"`compress apply` on the recipe `../recipe.yaml` (its paths are relative to the folder it was read from, as "
-            f"`{base}.yaml`), with the versions above, seed {self.recipe.seed} and {self.recipe.threads} "
-            f"thread{'s' if self.recipe.threads > 1 else ''}. `compress validate ..` measures this file again, here or "
-            "on another machine."
+            "`compress apply` on the recipe that `../recipe.yaml` is a copy of (paths in it are relative to where that one lay), "
+            f"with the versions above, seed {self.recipe.seed} and {threads}. `compress validate ..` measures this file again, "
+            "here or on another machine."
         )
 
 

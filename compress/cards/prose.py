@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.cards import wording
 
 if TYPE_CHECKING:
     from compress.cards.card import Card
+    from compress.cards.program import Program
     from compress.report import Row
 
-__all__ = ["how", "limits", "no_time", "running"]
+__all__ = ["how", "limits", "making_of_rows", "no_time", "running"]
 
 
 def limits(card: Card) -> Iterator[str]:
@@ -90,3 +91,29 @@ def no_time(row: Row) -> str:
         "proxy": "the time of a proxy says nothing about a GPU",
     }
     return reasons.get(row.validated, row.note or "no batch size of the recipe fits the file")
+
+
+def making_of_rows(program: Program) -> str:
+    """How a text, an image or an array becomes a row of the inputs."""
+    settings = program.settings
+    if program.reads == "images":
+        formula = f"`(byte * {settings['scale']} - mean) / std` with mean {settings['mean']} and std {settings['std']}"
+        return f"{_fitting(settings)}; pixels become {formula} (from: {settings['from']})."
+    if program.reads == "running text":
+        return f"A row is {program.tokens} tokens of running text, without special tokens (tokenizer: `../source`)."
+    if program.reads == "text":
+        two = ", of two texts in one input" if program.joint else ", two rows for a pair" if program.pairs else ""
+        return f"A text is padded or cut to {program.tokens} tokens{two} (tokenizer: `../source`)."
+    plain = {name: said for name, said in settings.items() if name in {port.name for port in program.inputs}}
+    return " ".join(f"`{name}`: {said}." for name, said in plain.items())
+
+
+def _fitting(settings: dict[str, Any]) -> str:
+    height, width = settings["size"]
+    resize, filled = settings["resize"], f"{height} x {width}"
+    if list(resize if isinstance(resize, list | tuple) else []) == [height, width]:
+        return f"An image is resized to {filled} pixels ({settings['interpolation']})"
+    sizes = " x ".join(map(str, resize or [])) if not isinstance(resize, int) else ""
+    first = f"an image is resized to {sizes}" if sizes else f"the shorter edge of an image becomes {resize}"
+    then = f"{filled} is cut out of the middle" if settings["crop"] else f"it is resized to {filled}"
+    return f"Pixels (height x width, {settings['interpolation']}): {first}, then {then}"

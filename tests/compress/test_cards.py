@@ -578,6 +578,17 @@ def test_a_card_says_what_the_report_says(runs: Callable[[str], Run], name: str)
     assert len([line for line in text.splitlines() if line.startswith("| ") and line.count("|") < 3]) == 0
 
 
+def test_a_card_says_how_rows_are_made(runs: Callable[[str], Run]) -> None:
+    assert "the shorter edge of an image becomes 20, then 16 x 16 is cut out of the middle; pixels" in card(runs("vit"), "onnx")
+    assert "mean [0.4, 0.5, 0.6] and std [0.2, 0.25, 0.3]" in card(runs("vit"), "onnx")
+    assert "The file takes exactly 2 rows at a time. A text is padded or cut to 12 tokens" in card(runs("bert"), "onnx")
+    assert "The file takes 2 to 4 rows at a time." in card(runs("bert"), "tensorrt")
+    assert "two rows for a pair" in card(runs("pairs"), "onnx")
+    assert "10 tokens of running text, without special tokens" in card(runs("causal"), "onnx")
+    assert "`pixels`: value / 8 - 1, in [-1, 1]" in card(runs("digits"), "coreml")
+    assert "| `mask` | bool | [batch, 5] |" in card(runs("own"), "onnx")
+
+
 FIGURES = (
     "metric",
     "drop",
