@@ -86,7 +86,7 @@ def validate(folder: Path, *, trust: bool = False, progress: Progress | None = N
 
     progress = progress or Progress()
     if not all(os.path.isfile(folder / file) for file in ("report.json", "manifest.json")):
-        begun = (folder / FOLDER).is_dir()
+        begun = os.path.isdir(folder / FOLDER)
         hint = (
             "The run was interrupted, or is at work: give its command again." if begun else "Name one, such as runs/quickstart."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def write(folder: Path) -> Path:
         unfinished.write_text(page, "utf-8", newline="\n")
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         raise UserError(str(path), f"cannot be written: {error.strerror}", "Make room there, or make it writable.") from None
     return path
 

@@ -25,11 +25,14 @@ INSTALLED = Path(torch.__file__).parents[1]
 EXTRAS = ["onnx", "onnx_ir", "onnxruntime", "openvino", "coremltools", "tensorrt", "tensorrt_rtx", "transformers", "timm"]
 EXTRAS += ["pyarrow", "pil", "pillow"]
 DATA = "data: {format: embedded, calibration: {rows: 16}, evaluation: {rows: 0-15}}\n"
-ROWS = "data: {format: FORMAT, calibration: {path: a}, evaluation: {path: b}}\n"
 
 
 def recipe(export: str = "onnx", model: str = "embedded:digits-vit", data: str = DATA) -> str:
     return f"model: {model}\n{data}passes: [quantize: {{}}]\nexport: [{export}]\nmeasure: {{repeats: 3, warmup: 0}}\n"
+
+
+def rows(kind: str) -> str:
+    return recipe(model="hf:vit", data=f"data: {{format: {kind}, calibration: {{path: a}}, evaluation: {{path: b}}}}\n")
 
 
 CASES: dict[str, tuple[list[str], str, str, str]] = {
@@ -49,8 +52,8 @@ CASES: dict[str, tuple[list[str], str, str, str]] = {
     "onnx for the builder": (["onnx"], recipe("tensorrt"), "export.tensorrt: onnx is not installed, which", "tensorrt-rtx"),
     "transformers": (["transformers"], recipe(model="hf:vit"), "1:8: model: transformers is not installed", "hf"),
     "timm": (["timm"], recipe(model="timm:test_vit"), "1:8: model: timm is not installed", "timm"),
-    "pyarrow": (["pyarrow"], recipe(model="hf:vit", data=ROWS.replace("FORMAT", "parquet")), "2:7: data: pyarrow is not installed", "hf"),
-    "PIL": (["pil", "pillow"], recipe(model="hf:vit", data=ROWS.replace("FORMAT", "images")), "1:8: model: PIL is not installed", "hf"),
+    "pyarrow": (["pyarrow"], rows("parquet"), "2:7: data: pyarrow is not installed", "hf"),
+    "PIL": (["pil", "pillow"], rows("images"), "1:8: model: PIL is not installed", "hf"),
 }  # fmt: skip
 CONTROL = "nothing"
 
@@ -71,13 +74,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
         (folder / name / "LABEL_0" / "0.png").write_bytes(bytes(np.arange(9, dtype=np.uint8)))
     jobs = []
     for number, (without, text, *_) in enumerate([*CASES.values(), (["nothing"], recipe(), "", "")]):
-        (folder / f"{number}.yaml").write_text(text.replace("path: a", "path: a.parquet") if "parquet" in text else text)
-        (folder / f"{name}.parquet").write_bytes(b"PAR1")
+        (folder / f"{number}.yaml").write_text(text)
         jobs.append({
             "without": without,
             "arguments": ["apply", str(folder / f"{number}.yaml"), "--out", str(folder / f"out-{number}"), "--quiet"],
         })  # fmt: skip
-    (folder / "a.parquet").write_bytes(b"PAR1")
     told = {"installed": str(INSTALLED), "repository": str(REPOSITORY), "extras": EXTRAS, "jobs": jobs}
     (folder / "jobs.json").write_text(json.dumps(told))
     program = Path(__file__).with_name("missing_extras.py")

@@ -1,0 +1,71 @@
+"""Runs a recipe on a small disk that grows: ``python disk_jobs.py recipe.yaml mount-point kilobytes...``; prints JSON.
+
+The disk is a tmpfs. Root mounts it as it is; others run this program under ``unshare --user --map-root-user --mount``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+
+def command(*arguments: str) -> dict[str, Any]:
+    from compress import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["compress", *arguments]
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as left:
+            code = int(left.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = -1
+    return {"code": code, "printed": out.getvalue(), "told": err.getvalue()}
+
+
+def unfinished(folder: Path) -> list[str]:
+    """What was begun and not finished; the journal's own records (``.part.json``) are finished."""
+    begun = (".part", ".partial", ".building", ".coreml")
+    return sorted(path.name for path in folder.rglob("*") if path.suffix in begun[:2] or path.name.startswith(begun[2:]))
+
+
+def mount(folder: str, *options: str) -> None:
+    subprocess.run(
+        ["mount", "-o", ",".join(options), *(() if "remount" in options else ("-t", "tmpfs", "tmpfs")), folder], check=True
+    )
+
+
+def main(recipe: str, folder: str, *kilobytes: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    mount(folder, f"size={kilobytes[0]}k")
+    out = Path(folder, "run")
+    apply = ("apply", recipe, "--out", str(out), "--quiet")
+    answers = []
+    try:
+        for number, size in enumerate(kilobytes):
+            if number:
+                mount(folder, "remount", f"size={size}k")
+            answers.append({**command(*apply), "size": size, "unfinished": unfinished(Path(folder))})
+        mount(folder, "remount", "ro")
+        for closed in (apply, ("validate", str(out), "--quiet"), ("report", str(out))):
+            answers.append({**command(*closed), "size": "read-only", "unfinished": unfinished(Path(folder))})
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
