@@ -18,7 +18,7 @@ from compress.progress import LineProgress, LiveProgress, Progress
 from compress.report import Limit, Report
 from compress.shipped import find_recipe, recipes_folder, shipped_recipes
 
-COMMANDS = ("apply", "inspect", "validate", "report", "passes", "schema", "recipes")
+COMMANDS = ("apply", "plan", "inspect", "validate", "report", "passes", "schema", "recipes")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -54,7 +54,7 @@ def test_help_has_a_purpose_an_example_and_exit_codes(
     text = capsys.readouterr().out
     assert f"compress {command}" in text
     assert "Examples" in text
-    if command in ("apply", "inspect", "validate", "report", "passes"):
+    if command in ("apply", "plan", "inspect", "validate", "report", "passes"):
         assert "Exit codes" in text
 
 
