@@ -87,7 +87,14 @@ def _figures(found: Found) -> dict[str, Any]:
     blocks = block_plot.blocks(found.report)
     every = [*against_time, *(plot for plot in (quality, blocks) if plot)]
     drawn = {plot.name: {"data": plot.data, "layout": plot.layout} for plot in every}
-    return {"quality_name": name, "trade_off": against_time, "quality": quality, "blocks": blocks, "drawn": drawn}
+    return {
+        "quality_name": name,
+        "better": "down" if name == "perplexity" else "up",
+        "trade_off": against_time,
+        "quality": quality,
+        "blocks": blocks,
+        "drawn": drawn,
+    }
 
 
 def _validation(found: Found) -> dict[str, Any] | None:

@@ -47,9 +47,13 @@ def trade_off(report: Report) -> tuple[str, list[Plot]]:
 
 def untimed(report: Report) -> list[tuple[str, str]]:
     """The files that no plot against time can show, each with the reason."""
-    found = []
+    found, (name, figures) = [], _quality(report.rows)
     for row in report.rows:
-        if row.validated == "reference" or any(latency.ratio is not None for latency in row.latency):
+        timed = any(latency.ratio is not None for latency in row.latency)
+        if row.validated == "reference" or (timed and row.label in figures):
+            continue
+        if timed:
+            found.append((row.label, f"timed, but without {name}"))
             continue
         why = {
             "none": f"not run{': ' + row.note if row.note else ''}",
@@ -156,7 +160,7 @@ def _float(reference: Figure | None, up: Sequence[float]) -> tuple[list[dict[str
         ends = {"x0": 0, "x1": 1, "xref": "paper", "y0": reference.low, "y1": reference.high, "yref": "y"}
         shapes.insert(0, {"type": "rect", "layer": "below", "fillcolor": "var(--band)", "line": {"width": 0}, **ends})
     within = "bottom" if high - low > 0.2 * (up[1] - up[0]) else "top"
-    notes.append(note(f"float {_told(reference)}", 1, low, "right", within, xref="paper", yref="y", xshift=-4))
+    notes.append(note(f"float {_told(reference)}", 1, low, "right", within, xref="x", yref="y", xshift=-6))
     return shapes, notes
 
 

@@ -204,6 +204,11 @@ def test_without_times_the_metric_stands_alone_and_without_a_metric_the_agreemen
     assert plot is not None
     assert [trace["x"][0] for trace in plot.data] == [row.metric.value for row in reversed(still) if row.metric]
     assert "no plot against time" in parsed(made).text("trade-off")
+    assert "up is better" in parsed(full()).text("trade-off")
+    words = full(rows=[row.model_copy(update={"metric": metric(21.3, "perplexity")}) for row in rows()])
+    assert "down is better" in parsed(words).text("trade-off")
+    half = full(rows=[*rows()[:2], rows()[2].model_copy(update={"metric": None})])
+    assert trade_off.untimed(half) == [("openvino", "timed, but without accuracy")]
     unlabelled = full(rows=[row.model_copy(update={"metric": None, "drop": None}) for row in rows()])
     name, plots = trade_off.trade_off(unlabelled)
     assert name == "agreement with float"
