@@ -42,11 +42,11 @@ def read(folder: Path) -> Found:
         UserError: there is no report in the folder, or one of its files cannot be read.
     """
     if not os.path.isfile(folder / "report.json"):  # a folder that is closed has none either
-        if (folder / "recipe.yaml").is_file():
+        if os.path.isfile(folder / "recipe.yaml"):
             raise UserError(
                 str(folder), "its run is not finished: there is no report.json", "Run it again; it goes on from there."
             )
-        what = "holds no report.json" if folder.is_dir() else "is no folder"
+        what = "holds no report.json" if os.path.isdir(folder) else "is no folder"
         raise UserError(str(folder), what, "Name the folder of a finished run, such as runs/quickstart.")
     report = read_report(folder)
     validation = read_report(folder, "validation.json") if (folder / "validation.json").is_file() else None
