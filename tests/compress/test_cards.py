@@ -661,7 +661,7 @@ def test_warnings_undone_passes_and_paths(runs: Callable[[str], Run], tmp_path: 
     told = run.report
     step = told.steps[0].model_copy(update={"undone": True, "says": "taken back: it brought nothing"})
     model = {**told.model, "notes": ["random weights (seed 0): no checkpoint was given"]}
-    data = {**told.data, "evaluation": {**told.data["evaluation"], "path": "/home/someone/secret/dev.npz"}}
+    data = {**told.data, "evaluation": {**told.data["evaluation"], "path": "/data/secret/place/dev.npz"}}
     run.write(tmp_path / "run", warnings=["3 rows are in both splits"], steps=[step], model=model, data=data)
     text = (tmp_path / "run/onnx/README.md").read_text()
     assert "- Warning of the run: 3 rows are in both splits" in text
