@@ -49,12 +49,20 @@ def mistyped(document: Document, schema: JsonSchema) -> list[Fault]:
             children = content.items() if isinstance(content, dict) else enumerate(content)
             for step, child in children:
                 walk(child, (*path, step), [deeper for one in options for deeper in _opened(_child(one, step), schema)])
-        elif options and not any(_has_type(one, content) for one in options):
+        elif options and not any(_has_type(one, content) for one in _not_like_text(options, content)):
             faults.append(_refused(path, node, schema))
 
     if document.root is not None:
         walk(document.root, (), [schema])
     return faults
+
+
+def _not_like_text(options: list[JsonSchema], value: Scalar) -> list[JsonSchema]:
+    """The alternatives without those words that ``value`` is none of, where a number or truth value may stand too: pydantic
+    would make one of the text."""
+    if not isinstance(value, str) or not any(one.get("type") in ("boolean", "integer", "number") for one in options):
+        return options
+    return [one for one in options if value in one.get("enum", [one.get("const", value)])]
 
 
 def _has_type(schema: JsonSchema, value: Scalar) -> bool:
