@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import jsonschema
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from compress.anatomy import ROLES
 from compress.editor_schema import editor_schema
@@ -20,7 +20,7 @@ from compress.exporters import EXPORTERS
 from compress.faults import allowed, alternatives
 from compress.passes import known_passes
 from compress.recipe import Recipe, RecipeError, parse_recipe, recipe_schema
-from compress.sections import Limits, Role
+from compress.sections import Accept, DataSpec, Limits, Measure, ModelSpec, Role, Split
 from compress.shipped import recipes_folder
 from compress.yaml_positions import parse
 
@@ -256,6 +256,58 @@ def test_every_option_is_described() -> None:
     for name, part in schema["$defs"].items():
         if part.get("type") == "object" and "properties" in part:
             assert part["additionalProperties"] is False, name
+
+
+def mappings(part: Any) -> Iterator[dict[str, Any]]:
+    """Every schema with properties, in a schema."""
+    if isinstance(part, dict):
+        if "properties" in part and not isinstance(part["properties"].get("type"), str):
+            yield part
+        for inner in part.values():
+            yield from mappings(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from mappings(inner)
+
+
+def test_editors_find_a_description_at_every_key_and_no_key_beside_them() -> None:
+    found = list(mappings(editor_schema()))
+    assert len(found) > 15
+    for part in found:
+        assert part["additionalProperties"] is False, part.get("title")
+        for name, option in part["properties"].items():
+            assert len(option.get("description", "")) > 5, f"{part.get('title')}: {name}"
+            assert "``" not in option["description"]
+            assert option.get("markdownDescription", option["description"]) == option["description"]
+            assert option.get("default", ...) is not None, f"an editor would write null: {name}"
+    names = [one for part in found for one in part.get("anyOf", [])]
+    assert all(len(one["enumDescriptions"]) == len(one["enum"]) for one in names if "enumDescriptions" in one)
+    for key in ("passes", "export"):
+        alone = next(one for one in alternatives(editor_schema(), [key, 0]) if "enum" in one)
+        assert len(alone["enumDescriptions"]) == len(alone["enum"]) > 0
+
+
+def test_defaults_are_those_of_the_reader() -> None:
+    """In the printed schema, at every place of every pass, exporter and section; absent where there is none or it is null."""
+    schema = editor_schema()
+    models = [(["passes", 0, name], entry) for name, entry in known_passes().items()]
+    models += [(["export", 0, entry.format], entry) for entry in EXPORTERS]
+    models += [([], Recipe), (["data"], DataSpec), (["data", "evaluation"], Split), (["accept"], Accept)]
+    models += [(["accept", "onnx"], Limits), (["model"], ModelSpec), (["measure"], Measure)]
+    count = 0
+    for path, model in models:
+        shown = next(one for one in alternatives(schema, path) if set(model.model_fields) <= set(one.get("properties", {})))
+        assert set(shown["properties"]) == set(model.model_fields)
+        assert set(shown.get("required", [])) == {name for name, field in model.model_fields.items() if field.is_required()}
+        for name, field in model.model_fields.items():
+            default = None if field.is_required() else TypeAdapter(Any).dump_python(field.get_default(), mode="json")
+            written = shown["properties"][name].get("default")
+            if isinstance(default, dict) and isinstance(written, dict):
+                assert {key: value for key, value in default.items() if written.get(key) != value and value} == {}
+            elif (model, name) != (Recipe, "name"):
+                assert written == default, (model.__name__, name)
+                count += written is not None
+    assert count > 30
 
 
 def test_a_name_alone_stands_where_all_options_have_defaults() -> None:
