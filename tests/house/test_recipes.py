@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ RECIPES = sorted([*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "tests" / "bench
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) > 8
+    assert len(RECIPES) > 17
     assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} >= {"quickstart"}
 
 
@@ -38,6 +39,8 @@ def test_it_says_what_it_is_for_and_what_to_change(shipped: object) -> None:
     comment = str(getattr(shipped, "comment", ""))
     assert len(comment.split("\n")[0]) <= 110
     assert "Change:" in comment or getattr(shipped, "name", "") == "quickstart"
+    if "measured" in comment:
+        assert re.search(r"\d+ rows", comment), "a figure says on how many rows"
 
 
 def test_the_readme_is_what_the_recipes_and_passes_say() -> None:
