@@ -132,10 +132,11 @@ def apply(
         subject, steps = passes(run)
         compressed = saved(run, subject, stands(steps))
         artifacts, made = files(run, subject.model, steps)
-        told = summary(run, [*rows, *made], compressed, steps, subject, artifacts)
-        report.write(told, out)
-        manifest.write(out, recipe, run.source, run.described, artifacts)
-        _companions(run, told)
+        with run.progress.step("report, manifest, cards and page"):
+            told = summary(run, [*rows, *made], compressed, steps, subject, artifacts)
+            report.write(told, out)
+            manifest.write(out, recipe, run.source, run.described, artifacts)
+            _companions(run, told)
         run.journal.close()
     return told
 
