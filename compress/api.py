@@ -56,13 +56,14 @@ def apply(
         return run.apply(found, folder, trust=trust, evaluate=evaluate, fresh=fresh, progress=progress)
 
 
-def plan(recipe: Recipe | str | Path, *, trust: bool = False, evaluate: bool = True) -> Plan:
+def plan(recipe: Recipe | str | Path, *, trust: bool = False, evaluate: bool = True, progress: Progress | None = None) -> Plan:
     """What a recipe will do and cost, without doing it: ``compress plan`` from Python.
 
     Args:
         recipe: a recipe, the path of its file, or the name of a shipped one.
         trust: whether Python files that the recipe names may be run.
         evaluate: False plans a run that judges nothing.
+        progress: where to tell how far the plan is (default: nowhere).
 
     Raises:
         UserError: what would stop the run, with the place; ``MissingRuntime`` where a library is absent.
@@ -71,7 +72,7 @@ def plan(recipe: Recipe | str | Path, *, trust: bool = False, evaluate: bool = T
 
     found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
     with _placed(found):
-        return planning.make(found, trust=trust, evaluate=evaluate)
+        return planning.make(found, trust=trust, evaluate=evaluate, progress=progress)
 
 
 @contextmanager

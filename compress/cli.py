@@ -123,6 +123,7 @@ def plan(
     no_evaluation: Annotated[
         bool, typer.Option("--no-evaluation", help="Plan a run that judges nothing (`compress apply --no-evaluation`).")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the plan.")] = False,
 ) -> None:
     """Tell what a recipe will do and cost before it runs: in seconds, writing nothing, reading no evaluation data.
 
@@ -142,7 +143,8 @@ def plan(
 
     from compress import api
 
-    found = api.plan(recipe, trust=trust, evaluate=not no_evaluation)
+    with _stoppable("stopped; nothing was written"), _progress(quiet) as progress:
+        found = api.plan(recipe, trust=trust, evaluate=not no_evaluation, progress=progress)
     if as_json:
         print(found.model_dump_json(indent=2))
         return
@@ -386,11 +388,12 @@ def _show(report: Report) -> None:
     from compress.report import table
 
     _print_table(_console(), table(report))
-    times = f"times on {report.machine['processor']}, threads: {report.machine['threads']}"
+    machine = report.machine  # a report of another program may lack what ours tell
+    times = f"times on {machine.get('processor', 'a machine that is not told')}, threads: {machine.get('threads', '-')}"
     if told := report.data.get("validated_on"):
         print(f"validated on {told}; {times}")
     elif rows := report.data.get("evaluation"):
-        print(f"{rows['rows']} rows of {rows['path']} ({rows['chosen']}); {times}")
+        print(f"{rows.get('rows', '-')} rows of {rows.get('path', '-')} ({rows.get('chosen', '-')}); {times}")
     for step in report.steps:
         if step.worth:
             print(f"{step.name}: {step.says}")

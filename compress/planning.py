@@ -20,6 +20,7 @@ from compress.costs import Disk, Facts, Memory, disk, memory
 from compress.datasets import Data, load_data
 from compress.passes.contract import evaluating
 from compress.preparation import model_of, require_runtimes
+from compress.progress import Progress
 from compress.rehearsal import Rehearsal, Rehearsed, rehearse
 from compress.report import RoleBytes
 from compress.role_bytes import Roles, bytes_by_role
@@ -102,7 +103,7 @@ class Plan(_Record):
     warnings: list[str]
 
 
-def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True) -> Plan:
+def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True, progress: Progress | None = None) -> Plan:
     """The plan of a recipe. Nothing is written, and no evaluation row is read.
 
     Every pass is rehearsed on what those before it leave, every exporter is asked for its file, and one calibration batch runs
@@ -111,23 +112,29 @@ def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True) -> Plan:
     Args:
         trust: whether Python files that the recipe names may be run.
         evaluate: False plans a run that judges nothing.
+        progress: where to tell how far the plan is.
 
     Raises:
         UserError: what would stop the run, with its place; ``MissingRuntime`` where a library is absent.
     """
+    progress = progress or Progress()
     require_runtimes(recipe)
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
-    source = model_of(recipe, trust)
-    data = load_data(recipe, source, evaluation=False)
-    anatomy = find(source.model, source.signature, data.example, {str(k): v for k, v in recipe.model.roles.items()})
-    roles = Roles.of(source.model, anatomy)
-    rehearsal = rehearse(recipe, source, anatomy, data.example)
-    check_exporters(recipe, _traceable(source, data, source.model))
+    with progress.step("load model and calibration data"):
+        source = model_of(recipe, trust)
+        data = load_data(recipe, source, evaluation=False)
+    with progress.step("find the parts of the model"):
+        anatomy = find(source.model, source.signature, data.example, {str(k): v for k, v in recipe.model.roles.items()})
+        roles = Roles.of(source.model, anatomy)
+    with progress.step("rehearse the passes"):
+        rehearsal = rehearse(recipe, source, anatomy, data.example)
+        check_exporters(recipe, _traceable(source, data, source.model))
     judges = evaluate and recipe.data.evaluation is not None
-    files = _files(recipe, source, data, rehearsal, judges)
+    files = _files(recipe, source, data, rehearsal, judges, progress)
     by_role = roles.after(rehearsal.model, rehearsal.edits)
-    facts = _facts(recipe, source, data, anatomy, rehearsal, files)
+    with progress.step("one calibration batch"):
+        facts = _facts(recipe, source, data, anatomy, rehearsal, files)
     split = recipe.data.evaluation
     return Plan(
         name=recipe.name,
@@ -144,7 +151,7 @@ def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True) -> Plan:
         files=[_file(*told) for told in files],
         memory=memory(facts),
         disk=disk(facts),
-        warnings=[*_absent(recipe, judges), *_wasted(recipe, rehearsal)],
+        warnings=[*_absent(recipe, judges), *_wasted(recipe, rehearsal), *_untold(recipe, files)],
     )
 
 
@@ -153,13 +160,13 @@ def _traceable(source: Source, data: Data, model: nn.Module) -> Traceable:
 
 
 def _files(
-    recipe: Recipe, source: Source, data: Data, rehearsal: Rehearsal, judges: bool
+    recipe: Recipe, source: Source, data: Data, rehearsal: Rehearsal, judges: bool, progress: Progress
 ) -> list[tuple[Exporter, Forecast, Forecast | None]]:
     """Each exporter with the forecast of its file and of the float file, where there will be one."""
     compressed, floats = _traceable(source, data, rehearsal.model), _traceable(source, data, source.model)
     found = []
     for number, exporter in enumerate(recipe.export):
-        with placed(recipe, "export", number, exporter.format):
+        with progress.step(f"{exporter.format}: size of the file"), placed(recipe, "export", number, exporter.format):
             told = exporter.forecast(compressed)
             baseline = exporter.forecast(floats) if judges else None
         if told is not None:
@@ -288,6 +295,12 @@ def _absent(recipe: Recipe, judges: bool) -> list[str]:
     if not judges or split is None or split.path is None or os.path.exists(recipe.path(Path(split.path))):
         return []
     return [f"{recipe.place('data', 'evaluation', 'path')}: there is no {split.path}: the run would stop there"]
+
+
+def _untold(recipe: Recipe, files: Sequence[tuple[Exporter, Forecast, Forecast | None]]) -> list[str]:
+    """A sentence for each exporter that makes no forecast."""
+    told = [exporter for exporter, _, _ in files]
+    return [f"{exporter.format} cannot tell its file before it is written" for exporter in recipe.export if exporter not in told]
 
 
 def _wasted(recipe: Recipe, rehearsal: Rehearsal) -> list[str]:
