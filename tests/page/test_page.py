@@ -521,6 +521,14 @@ def test_the_command_prints_the_table_and_writes_the_page(
     assert (place / "report.html").is_file()
 
 
+@pytest.mark.parametrize("data", [{}, {"evaluation": {}}])
+def test_the_command_needs_nothing_that_a_report_may_lack(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "report", str(folder(tmp_path / "run", plain(data=data)))) == 0
+    assert "no contract was checked" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("there", ["nothing", "a folder", "a file", "a run that is not finished"])
 def test_a_folder_without_a_report_is_one_line_and_exit_code_2(
     there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
