@@ -36,7 +36,7 @@ class Trial:
     """One run that was killed and went on."""
 
     moments: list[float] = field(default_factory=list)
-    reached: list[int] = field(default_factory=list)
+    reached: list[int | None] = field(default_factory=list)
     finished_first: bool = False
     taken_over: int = 0
     saved_s: float = 0.0
@@ -46,10 +46,11 @@ class Trial:
         kills = ", ".join(
             f"{moment:.1f} s ({parts} parts done)" for moment, parts in zip(self.moments, self.reached, strict=True)
         )
+        told = f"killed at {kills}" if kills else "not killed"
         if self.finished_first:
-            kills = f"{kills}; the last came after the end" if kills else "the kill came after the end"
+            told += ", then done before the next kill" if kills else ": done before the kill"
         verdict = f"DIFFERENT: {'; '.join(self.wrong)}" if self.wrong else "same bytes"
-        return f"killed at {kills}: took over {self.taken_over} parts ({self.saved_s:.1f} s): {verdict}"
+        return f"{told}: took over {self.taken_over} parts ({self.saved_s:.1f} s): {verdict}"
 
 
 def command(recipe: str, out: Path) -> list[str]:
@@ -98,7 +99,8 @@ def trial(recipe: str, out: Path, usual_s: float, expected: dict[str, str], draw
             made.finished_first = True
             break
         made.moments.append(moment)
-        made.reached.append(len(list(out.glob(".unfinished/*.part.json"))))
+        done = (out / "report.json").is_file() and not (out / ".unfinished/run.json").is_file()
+        made.reached.append(None if done else len(list(out.glob(".unfinished/*.part.json"))))
         again = draw.random() < 1 / 3
     code = run.returncode if made.finished_first else started(recipe, out).wait()
     if code not in (0, 1):

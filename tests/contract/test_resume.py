@@ -87,6 +87,18 @@ def test_a_run_killed_at_every_stage_ends_with_the_bytes_of_an_undisturbed_one(f
     assert content(folder / "killed") == content(folder / "undisturbed")
 
 
+def test_the_report_of_a_resumed_run_gives_the_same_figures(folder: Path) -> None:
+    def figures(name: str) -> dict[str, Any]:
+        told = report.read(folder / name).model_dump(mode="json")
+        rows = [*told["rows"], told["compressed"]]
+        for row in rows:
+            row["latency"], row["details"] = [], {}
+        steps = [{key: value for key, value in step.items() if key != "seconds"} for step in told["steps"]]
+        return {"rows": rows, "steps": steps} | {key: told[key] for key in ("data", "model", "blocks", "roles", "warnings")}
+
+    assert figures("killed") == figures("damaged") == figures("undisturbed")
+
+
 def test_nothing_that_was_finished_is_done_again_and_the_report_says_so(folder: Path) -> None:
     assert report.read(folder / "undisturbed").resumed == []
     killed = report.read(folder / "killed")
