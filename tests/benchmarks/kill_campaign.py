@@ -43,9 +43,8 @@ class Trial:
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        kills = ", ".join(
-            f"{moment:.1f} s ({parts} parts done)" for moment, parts in zip(self.moments, self.reached, strict=True)
-        )
+        stages = ["finished" if parts is None else f"{parts} parts done" for parts in self.reached]
+        kills = ", ".join(f"{moment:.1f} s ({stage})" for moment, stage in zip(self.moments, stages, strict=True))
         told = f"killed at {kills}" if kills else "not killed"
         if self.finished_first:
             told += ", then done before the next kill" if kills else ": done before the kill"
