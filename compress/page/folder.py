@@ -60,9 +60,19 @@ def _manifest(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         raise UserError(str(path), "cannot be read as JSON", _AGAIN) from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not _is_manifest(content):
         raise UserError(str(path), "is not a manifest", _AGAIN)
     return content
+
+
+def _is_manifest(content: dict[str, Any]) -> bool:
+    """Whether the parts that the page walks through have the shape that a run gives them."""
+    parts = [content.get(name, {}) for name in ("files", "versions", "machine", "data")]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    files, _, machine, _ = parts
+    sizes = [entry.get("bytes", 0) if isinstance(entry, dict) else "" for entry in files.values()]
+    return all(isinstance(size, int) for size in [*sizes, machine.get("memory_bytes", 0)])
 
 
 def _beside(folder: Path, report: Report) -> tuple[str, ...]:

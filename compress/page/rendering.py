@@ -59,6 +59,7 @@ def render(found: Found) -> str:
         manifest=found.manifest,
         validation=_validation(found),
         about=story.about(found.report),
+        notes=story.notes(found.report),
         measured_on=story.measured_on(found.report),
         verdict=outcome.verdict(found.report),
         gains=outcome.gains(found.report),

@@ -11,7 +11,7 @@ from compress.page import wording
 from compress.page.folder import Found
 from compress.report import Report
 
-__all__ = ["about", "again", "link", "measured_on", "parts"]
+__all__ = ["about", "again", "link", "measured_on", "notes", "parts"]
 
 
 def about(report: Report) -> list[str]:
@@ -23,6 +23,12 @@ def about(report: Report) -> list[str]:
     if isinstance(evaluation, dict):
         found.append(f"{wording.plain(evaluation.get('rows'))} rows of {evaluation.get('path')}")
     return [*found, *([measured_on(report)] if measured_on(report) else [])]
+
+
+def notes(report: Report) -> list[str]:
+    """What was found when the model was read, in the reader's words."""
+    found = report.model.get("notes")
+    return [str(note) for note in found] if isinstance(found, list) else []
 
 
 def measured_on(report: Report) -> str:

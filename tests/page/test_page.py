@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from page_reports import HOSTILE, drop, file_row, folder, full, latency, manifest, metric, plain, rows
 
 from calibrate.errors import UserError
@@ -488,6 +490,9 @@ def test_the_command_that_runs_it_again_is_safe_to_paste() -> None:
         ("report.json", "[]", "is not a report that this version can read"),
         ("manifest.json", "{", "cannot be read as JSON"),
         ("manifest.json", "[]", "is not a manifest"),
+        ("manifest.json", '{"files": []}', "is not a manifest"),
+        ("manifest.json", '{"files": {"x": 1}}', "is not a manifest"),
+        ("manifest.json", '{"machine": {"memory_bytes": "much"}}', "is not a manifest"),
         ("validation.json", "{}", "is not a report that this version can read"),
     ],
 )
@@ -564,6 +569,30 @@ def test_a_folder_without_a_report_is_one_line_and_exit_code_2(
 )
 def test_any_value_is_told_in_one_line(value: Any, told: str) -> None:
     assert wording.plain(value) == told
+
+
+def odd() -> st.SearchStrategy[Any]:
+    """Any JSON, as another version or another program may have left it where the report is free in form."""
+    leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+    inner = lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=6), part, max_size=3)  # noqa: E731
+    return st.recursive(leaves, inner, max_leaves=8)
+
+
+KEYS = st.sampled_from(
+    "sites skipped ties calibration_rows notes name task float_bytes evaluation validated_on processor threads "
+    "run_in_float rows path base recipe model seed data".split()
+)
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(KEYS, odd(), max_size=8))
+def test_whatever_the_free_parts_of_a_report_hold_there_is_a_page(told: dict[str, Any]) -> None:
+    step = full().steps[0].model_copy(update={"report": told, "options": told})
+    files = [row.model_copy(update={"details": told}) for row in rows()[:2]]
+    made = full(rows=files, steps=[step], model=told, data=told, machine=told)
+    known = {name: value for name, value in told.items() if name not in ("data", "machine")}
+    shown = parsed(made, manifest=known, validation=made)
+    assert tuple(shown.sections) == SECTIONS
 
 
 def test_a_pass_that_reports_nothing_known_is_shown_all_the_same() -> None:
