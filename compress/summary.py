@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress import manifest
 from compress.each_pass import with_final_paths
-from compress.judgement import verdict, with_float_times
 from compress.report import Report, Row, StepRecord
 from compress.saved import signature_json
 from compress.steps import stands
+from compress.verdict import verdict, with_float_times
 
 if TYPE_CHECKING:
     from compress.checkpoints import Subject

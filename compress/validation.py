@@ -18,7 +18,7 @@ from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.journal import FOLDER
-from compress.judgement import Judge, Promise, verdict, with_float_times
+from compress.judgement import Judge, Promise
 from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
@@ -26,6 +26,7 @@ from compress.report import Limit, Report, Row
 from compress.run_folder import locked, writable
 from compress.saved import load
 from compress.saved import read as read_saved
+from compress.verdict import verdict, with_float_times
 from export.contract import Artifact, Exporter
 from export.graph import Traceable
 

@@ -17,12 +17,13 @@ from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from compress import report
 from compress.datasets import load_data
-from compress.judgement import Promise, verdict
+from compress.judgement import Promise
 from compress.recipe import Accept, read
 from compress.run import apply
 from compress.saved import load
 from compress.sources import load_model
 from compress.validation import validate
+from compress.verdict import verdict
 from export.graph import Traceable
 
 for library, extra in (("onnxruntime", "onnx"), ("coremltools", "coreml"), ("tensorrt_rtx", "tensorrt-rtx")):
