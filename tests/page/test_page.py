@@ -579,8 +579,28 @@ def odd() -> st.SearchStrategy[Any]:
 
 
 KEYS = st.sampled_from(
-    "sites skipped ties calibration_rows notes name task float_bytes evaluation validated_on processor threads "
-    "run_in_float rows path base recipe model seed data".split()
+    [
+        "sites",
+        "skipped",
+        "ties",
+        "calibration_rows",
+        "notes",
+        "name",
+        "task",
+        "float_bytes",
+        "evaluation",
+        "validated_on",
+        "processor",
+        "threads",
+        "run_in_float",
+        "rows",
+        "path",
+        "base",
+        "recipe",
+        "model",
+        "seed",
+        "data",
+    ]
 )
 
 
