@@ -25,6 +25,7 @@ from compress.progress import Progress
 from compress.recipe import read
 from compress.run import apply
 from compress.run_folder import LOCK, locked, own
+from compress.validation import validate
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
@@ -282,6 +283,14 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: P
     with locked(out):
         assert (out / LOCK).read_text() == str(os.getpid())
     assert list(out.iterdir()) == [], "the lock leaves nothing"
+
+
+def test_an_interrupted_run_is_not_validated(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / FOLDER).mkdir()
+    with pytest.raises(UserError, match="not the folder of a finished run") as refused:
+        validate(tmp_path)
+    assert "interrupted" in refused.value.hint
 
 
 def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
