@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UserError
+from export.disk import renamed
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -77,12 +78,10 @@ def machine(threads: int) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON under a temporary name and renames it, so that the file is whole whenever it is there."""
-    unfinished = path.with_name(f".{path.name}.part")
-    with unfinished.open("w") as file:
+    with renamed(path) as unfinished, unfinished.open("w") as file:
         file.write(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def write(out: Path, recipe: Recipe, source: Source, data: dict[str, Any], artifacts: Mapping[str, Artifact]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibrate.errors import UserError
+from export.disk import renamed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -210,9 +210,9 @@ def schema() -> dict[str, Any]:
 
 def write(report: Report, folder: Path) -> Path:
     """Writes ``report.json`` (temporary name, then renamed)."""
-    path, unfinished = folder / "report.json", folder / ".report.json.part"
-    unfinished.write_text(json.dumps(report.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
-    os.replace(unfinished, path)
+    path = folder / "report.json"
+    with renamed(path) as unfinished:
+        unfinished.write_text(json.dumps(report.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
     return path
 
 

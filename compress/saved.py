@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from calibrate.errors import UserError
 from calibrate.signature import Signature, TensorSpec
 from compress.surgery import Edit, Surgery
+from export.disk import renamed
 
 __all__ = ["Saved", "load", "read", "reload", "restore", "save", "signature_from", "signature_json"]
 
@@ -62,10 +62,10 @@ def save(model: nn.Module, edits: list[Edit], rebuild: dict[str, Any], signature
         "signature": signature_json(signature),
         "tied": tied,
     }
-    path, unfinished = folder / _FILE, folder / f".{_FILE}.part"
-    # One key only: safetensors writes several in an order that changes from process to process.
-    save_file(tensors, unfinished, metadata={_KEY: json.dumps(described, sort_keys=True)})
-    os.replace(unfinished, path)
+    path = folder / _FILE
+    with renamed(path) as unfinished:
+        # One key only: safetensors writes several in an order that changes from process to process.
+        save_file(tensors, unfinished, metadata={_KEY: json.dumps(described, sort_keys=True)})
     return path
 
 

@@ -28,6 +28,7 @@ from compress.saved import load
 from compress.saved import read as read_saved
 from compress.verdict import verdict, with_float_times
 from export.contract import Artifact, Exporter
+from export.disk import renamed
 from export.graph import Traceable
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def keep_rows(judge: Judge, folder: Path) -> Path:
     tensors["compressed"] = compressed_outputs.take(0, count * rows.group).contiguous()
     if rows.labels is not None:
         tensors["labels"] = rows.labels[:count].contiguous()
-    path, unfinished = folder / _FILE, folder / f".{_FILE}.part"
-    save_file(tensors, unfinished, metadata={"group": str(rows.group)})
-    os.replace(unfinished, path)
+    path = folder / _FILE
+    with renamed(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"group": str(rows.group)})
     return path
 
 

@@ -1,4 +1,4 @@
-"""A full disk, said as such: libraries that write files often report it as a failure of their own."""
+"""Files that are whole or not there; and a full disk said as such, which libraries often report as a failure of their own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["FULL", "space"]
+__all__ = ["FULL", "renamed", "space"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """System errors of a disk, or a share of one, that takes no more."""
@@ -35,4 +35,17 @@ def space(folder: Path) -> Iterator[None]:
         for place in (folder, Path(tempfile.gettempdir())):
             if shutil.disk_usage(place).free < _LEAST_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+        raise
+
+
+@contextmanager
+def renamed(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to: it becomes ``path`` at the end, and is removed if anything fails."""
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
         raise
