@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress.facts import Facts
 from export.contract import Exporter, Forecast
-from export.memory import peak_bytes, resident_bytes
 
-__all__ = ["Disk", "Facts", "Memory", "Moment", "Term", "disk", "memory"]
+__all__ = ["Disk", "Memory", "Moment", "Term", "disk", "memory"]
 
 _MB = 1_000_000
 _LIBRARIES = {"coremltools": 47 * _MB, "onnxruntime": 18 * _MB, "openvino": 66 * _MB}
@@ -68,43 +67,6 @@ class Disk(_Record):
     terms: list[Term]
     running: list[Term]
     unknown: list[str] = Field(description="what is not in the sums, and why")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the sums are made from, all in bytes.
-
-    Attributes:
-        resident: this process now, with libraries, float model and traces.
-        floats: the float model; compressed: the model after all passes.
-        activations: most that lives at a time while one calibration batch runs.
-        largest: the largest parameter.
-        files: exporter, forecast of its file, and forecast of the float file (None where nothing is evaluated).
-        openvino: exporters whose file is run in OpenVINO too.
-        sizes: batch sizes that files are run with: all, and those of the float file.
-        blocks: outputs of the blocks that are kept while the run goes on.
-        outputs: of both models on the evaluation rows; None where their number is not known without reading them.
-        kept: evaluation rows kept with the files.
-        source: configuration and tokenizer.
-        checkpoints: the model after each pass.
-        each_pass: whether the files are written after each pass.
-    """
-
-    floats: int
-    compressed: int
-    activations: int
-    largest: int
-    files: Sequence[tuple[Exporter, Forecast, Forecast | None]]
-    sizes: tuple[int, int]
-    blocks: int
-    outputs: int | None
-    kept: int
-    source: int
-    checkpoints: Sequence[int]
-    each_pass: bool = False
-    evaluates: bool = True
-    resident: int = field(default_factory=resident_bytes)
-    peak: int = field(default_factory=peak_bytes)
 
 
 def memory(facts: Facts) -> Memory:

@@ -30,6 +30,7 @@ def render(plan: Plan) -> Iterator[str | Table]:
         yield from _pass(number, len(plan.passes), step)
     yield ""
     yield _roles(plan)
+    yield ""
     yield _files(plan)
     for file in plan.files:
         for group in file.run_in_float:

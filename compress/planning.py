@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +12,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from calibrate.footprint import live_bytes
-from calibrate.inventory import inventory
-from compress.anatomy import Anatomy, find
+from compress.anatomy import find
 from compress.checks import check_exporters, placed
-from compress.costs import Disk, Facts, Memory, disk, memory
+from compress.costs import Disk, Memory, disk, memory
 from compress.datasets import Data, load_data
-from compress.passes.contract import evaluating
+from compress.facts import gathered
 from compress.preparation import model_of, require_runtimes
 from compress.progress import Progress
 from compress.rehearsal import Rehearsal, Rehearsed, rehearse
@@ -32,9 +30,6 @@ if TYPE_CHECKING:
     from compress.sources import Source
 
 __all__ = ["FloatPart", "Plan", "PlannedFile", "PlannedPass", "SiteGroup", "make"]
-
-_KEPT_ROWS, _KEPT_BYTES = 64, 8_000_000
-_BLOCK_ROWS, _BLOCK_BYTES = 16, 64_000_000
 
 
 class _Record(BaseModel):
@@ -134,7 +129,7 @@ def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True, progress
     files = _files(recipe, source, data, rehearsal, judges, progress)
     by_role = roles.after(rehearsal.model, rehearsal.edits)
     with progress.step("one calibration batch"):
-        facts = _facts(recipe, source, data, anatomy, rehearsal, files)
+        facts = gathered(recipe, source, data, anatomy, rehearsal, files)
     split = recipe.data.evaluation
     return Plan(
         name=recipe.name,
@@ -172,74 +167,6 @@ def _files(
         if told is not None:
             found.append((exporter, told, baseline))
     return found
-
-
-def _facts(
-    recipe: Recipe,
-    source: Source,
-    data: Data,
-    anatomy: Anatomy,
-    rehearsal: Rehearsal,
-    files: Sequence[tuple[Exporter, Forecast, Forecast | None]],
-) -> Facts:
-    batch = next(iter(data.calibration_batches()))
-    rows = next(iter(batch.values())).shape[0]
-    given: dict[str, torch.Tensor] = {}
-
-    def run() -> None:
-        given["output"] = source.signature.call(source.model, batch)
-
-    with evaluating(source.model), _block_bytes(source.model, [block.path for block in anatomy.blocks]) as heard:
-        activations = live_bytes(run)
-    a_row = -(-given["output"].nbytes // rows)
-    of_blocks = max(1, sum(heard.values()) // rows)
-    split = recipe.data.evaluation
-    wide = sum(tensor.nbytes for tensor in batch.values()) // rows + 2 * a_row
-    sizes = {data.batch_size, 4, 1, *recipe.measure.batch_sizes}
-    return Facts(
-        floats=sum(entry.bytes for entry in inventory(source.model).values()),
-        compressed=rehearsal.steps[-1].bytes_after if rehearsal.steps else _stored(source.model),
-        activations=activations,
-        largest=max((parameter.nbytes for parameter in source.model.parameters()), default=0),
-        files=files,
-        sizes=(len(sizes), len(recipe.measure.batch_sizes)),
-        blocks=of_blocks * min(_BLOCK_ROWS, len(data.calibration), max(1, _BLOCK_BYTES // of_blocks)),
-        outputs=None if split is None or split.count is None else 2 * split.count * data.calibration.group * a_row,
-        kept=min(_KEPT_ROWS, max(4, _KEPT_BYTES // max(1, wide))) * wide,
-        source=sum(os.path.getsize(path) for path in source.files),
-        checkpoints=[step.bytes_after for step in rehearsal.steps],
-        each_pass=recipe.measure.when == "each_pass",
-        evaluates=any(baseline is not None for _, _, baseline in files),
-    )
-
-
-class _block_bytes:
-    """While it lasts, notes the bytes that each module at the given paths gives, in the mapping it returns."""
-
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
-        self.model, self.paths = model, paths
-        self.heard: dict[str, int] = {}
-
-    def __enter__(self) -> Mapping[str, int]:
-        from torch.utils._pytree import tree_leaves
-
-        def hook(path: str) -> Any:
-            def after(module: nn.Module, args: Any, output: Any) -> None:
-                tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-                self.heard[path] = tensors[0].nbytes if tensors else 0
-
-            return after
-
-        self.handles = [self.model.get_submodule(path).register_forward_hook(hook(path)) for path in self.paths]
-        return self.heard
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _stored(model: nn.Module) -> int:
-    return sum(entry.bytes for entry in inventory(model).values())
 
 
 def _pass(recipe: Recipe, number: int, done: Rehearsed, data: Data) -> PlannedPass:
