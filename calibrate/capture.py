@@ -17,7 +17,7 @@ from calibrate.errors import UserError
 from calibrate.ranges import Observer
 from calibrate.signature import Batch
 
-__all__ = ["Captured", "capture", "counted", "shared_inputs", "split"]
+__all__ = ["Captured", "capture", "counted", "measuring", "shared_inputs", "split"]
 
 Call = Callable[[nn.Module, Batch], Any]
 
@@ -74,7 +74,7 @@ def capture(
         raise UserError("calibration", "there are no rows", "Name at least one row under data.calibration.")
     asked = {path: tuple(observer.key for observer in requests[path]) for path in requests}
     leaders = shared_inputs(model, call, first, asked)
-    with _measuring(model):
+    with measuring(model):
         sweep = _Sweep({path: requests[path] for path in requests if leaders.get(path, path) == path})
         if not whole:
             sweep.last = _inputs_in_one_call(model, call, first, sweep.requests)
@@ -111,7 +111,7 @@ def shared_inputs(model: nn.Module, call: Call, batch: Batch, asked: Mapping[str
             known = seen[id(x)] = (weakref.ref(x), next(numbers))
         received[path].append(known[1])
 
-    with _measuring(model), _hooks(model, asked, note):
+    with measuring(model), _hooks(model, asked, note):
         call(model, {name: tensor[:1] for name, tensor in batch.items()})
     leaders: dict[tuple[Any, ...], str] = {}
     found = {}
@@ -237,7 +237,7 @@ def _hooks(model: nn.Module, paths: Iterable[str], visit: Callable[[str, nn.Modu
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode and inference mode; each module's own mode is put back after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,7 +1,7 @@
 """Factors of a layer's input channels moved into the layer that makes the input, where nothing else reads it.
 
 A factor that is folded costs nothing when the model runs. Whether it can be is not read from a table of architectures: each
-place that the anatomy suggests is tried on a row with random factors, and taken only if the model's output stays.
+place that the anatomy suggests is tried on a row with random powers of two, and taken only if the model's output stays.
 Shapes: O outputs, I inputs, C channels.
 """
 
@@ -11,19 +11,23 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from calibrate.capture import measuring
 from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy, Site
-from compress.passes.contract import Context, evaluating
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Context
 
 __all__ = ["Fold", "folds"]
 
-_SAME_DB = 70.0
-"""Two float32 outputs that differ by rounding alone are closer than this; one that reads an unscaled tensor is far below."""
+_SAME_DB = 110.0
+"""Powers of two commute with rounding: a fold that holds changes no bit but where a kernel sums in another order."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def _norms(model: nn.Module, context: Context, row: Batch, readers: set[str]) ->
     handles = [model.get_submodule(path).register_forward_hook(after(path)) for path in norms]
     handles += [model.get_submodule(path).register_forward_pre_hook(before(path)) for path in readers]
     try:
-        with evaluating(model):
+        with measuring(model):
             context.call(model, row)
     finally:
         for handle in handles:
@@ -128,17 +132,17 @@ def _suits(model: nn.Module, producer: str, width: int, group: Sequence[Site]) -
 
 
 def _holds(model: nn.Module, context: Context, row: Batch, fold: Fold) -> bool:
-    """Whether the model's output stays when random factors are folded."""
+    """Whether the model's output stays when random powers of two are folded."""
     generator = torch.Generator().manual_seed(context.seed)
     weight = model.get_submodule(fold.producer).get_parameter("weight")
-    factor = (torch.rand(fold.channels, generator=generator) * 2 - 1).exp2().to(weight)
+    factor = torch.randint(-4, 5, (fold.channels,), generator=generator).float().exp2().to(weight)
     touched = [model.get_submodule(path) for path in (fold.producer, *fold.consumers)]
     kept = [dict(module._parameters) for module in touched]
-    with evaluating(model):
+    with measuring(model):
         before = context.call(model, row).float()
     try:
         fold.apply(model, factor)
-        with evaluating(model):
+        with measuring(model):
             after = context.call(model, row).float()
     except RuntimeError:  # shapes that do not meet: this is not the layer's producer
         return False

@@ -143,6 +143,60 @@ def test_smoothing_changes_no_product_and_helps_where_channels_differ() -> None:
     assert torch.equal(with_factors.outputs(rebuilt(with_factors)), with_factors.outputs(with_factors.after))
 
 
+def test_factors_are_folded_where_nothing_else_reads_the_tensor() -> None:
+    trial = on_digits(smooth="balanced", smooth_below_db=-100)
+    says = trial.context.report["sites"]
+    folded = {path: site["activation"].get("folded_into") for path, site in says.items()}
+    assert {path for path, into in folded.items() if into} >= {f"blocks.{i}.attn.qkv" for i in range(4)}
+    assert {into for into in folded.values() if into} <= {
+        f"blocks.{i}.{name}" for i in range(4) for name in ("norm1", "norm2", "attn.qkv")
+    }
+    assert not any("factor" in name for name in trial.after.state_dict())
+    assert trial.sqnr_db > on_digits(smooth=False).sqnr_db
+    assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"weights": 4, "group_size": 16, "activations": "none"}, {"weights": 2, "group_size": 16, "activations": "none"}],
+    ids=str,
+)
+def test_gptq_is_better_than_the_nearest_codes(options: dict[str, Any]) -> None:
+    nearest, unrefined, made = (
+        on_digits(**options, **more) for more in ({}, {"rounding": "gptq", "refinements": 0}, {"rounding": "gptq"})
+    )
+    assert nearest.sqnr_db + 2 < unrefined.sqnr_db
+    assert nearest.sqnr_db + 2 < made.sqnr_db
+    says = made.context.report["sites"]["blocks.0.mlp.fc1"]
+    assert says["rounding"] == "gptq"
+    assert says["rounding_gain_db"] > 0
+    assert torch.equal(made.outputs(rebuilt(made)), made.outputs(made.after))
+
+
+def test_gptq_says_how_many_rows_it_needs() -> None:
+    model, signature, rows = digits()
+    few = [{"pixels": rows[0]["pixels"][:4]}]
+    error = refused(Quantize(rounding="gptq"), model, signature, few)
+    assert "blocks.0.attn.qkv needs 64 positions" not in error.what
+    assert "needs 256 positions, and the 4 calibration rows have 68" in error.what
+    assert "about 16 rows" in error.hint
+
+
+def test_a_hessian_without_a_factor_stops_or_is_rounded_to_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.passes.quantize as module
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise module.NotPositiveDefinite("the Hessian has no Cholesky factor")
+
+    monkeypatch.setattr(module, "gptq", failing)
+    error = refused(Quantize(rounding="gptq"), *digits())
+    assert "blocks.0.attn.qkv" in error.what
+    assert "unfactorable: nearest" in error.hint
+    says = on_digits(rounding="gptq", unfactorable="nearest").context.report["sites"]["blocks.0.attn.qkv"]
+    assert says["rounding"] == "nearest"
+    assert "Cholesky" in says["because"]
+
+
 class Shared(nn.Module):
     """Queries, keys and values from separate layers, with an attention mask; token embedding tied to the head."""
 
