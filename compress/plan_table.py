@@ -33,8 +33,9 @@ def render(plan: Plan) -> Iterator[str | Table]:
     yield ""
     yield _files(plan)
     for file in plan.files:
-        for group in file.run_in_float:
-            yield f"{file.format} computes in float: {_name(group)}: {group.action}"
+        for reason in dict.fromkeys(group.action for group in file.run_in_float):
+            places = [_name(group) for group in file.run_in_float if group.action == reason]
+            yield f"{file.format} computes in float: {', '.join(places)}: {reason}"
     if plan.stays_float:
         yield "stays float: " + ", ".join(f"{part.role} {size(part.bytes)}" for part in plan.stays_float)
     yield ""
