@@ -88,7 +88,9 @@ def gathered(
         activations = live_bytes(run)
     a_row = -(-given["output"].nbytes // rows)
     of_blocks = max(1, sum(heard.values()) // rows)
-    split = recipe.data.evaluation
+    evaluates = any(baseline is not None for _, _, baseline in files)
+    split = recipe.data.evaluation if evaluates else None
+    judged = 0 if split is None else split.count
     wide = sum(tensor.nbytes for tensor in batch.values()) // rows + 2 * a_row
     sizes = {data.batch_size, 4, 1, *recipe.measure.batch_sizes}
     return Facts(
@@ -99,12 +101,12 @@ def gathered(
         files=files,
         sizes=(len(sizes), len(recipe.measure.batch_sizes)),
         blocks=of_blocks * min(_BLOCK_ROWS, len(data.calibration), max(1, _BLOCK_BYTES // of_blocks)),
-        outputs=None if split is None or split.count is None else 2 * split.count * data.calibration.group * a_row,
+        outputs=None if judged is None else 2 * judged * data.calibration.group * a_row,
         kept=min(_KEPT_ROWS, max(4, _KEPT_BYTES // max(1, wide))) * wide,
         source=sum(os.path.getsize(path) for path in source.files),
         checkpoints=[step.bytes_after for step in rehearsal.steps],
         each_pass=recipe.measure.when == "each_pass",
-        evaluates=any(baseline is not None for _, _, baseline in files),
+        evaluates=evaluates,
     )
 
 
