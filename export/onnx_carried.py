@@ -273,7 +273,8 @@ def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) ->
     shape = (*x.shape[:-1], outputs)
     if x.dynamic is not None and carried.groups == 1:
         return _dynamic_product(b, x, carried, bias, shape)
-    integer = x.quantized is not None and carried.groups == 1
+    stepped = b.dialect != "tensorrt" and _multiples(carried) is not None
+    integer = x.quantized is not None and (carried.groups == 1 or stepped)
     if integer and b.dialect == "onnxruntime":
         return _integer_product(b, x, carried, bias, shape)
     if not integer and b.dialect != "tensorrt":
@@ -287,7 +288,10 @@ def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) ->
 
 
 def _dense_product(b: Lowering, x: Held, carried: Carried, shape: Sequence[Any], integer: bool) -> Held:
-    if integer and carried.bits < 8 and b.dialect != "tensorrt":
+    if integer and carried.groups > 1:
+        wide, scale = _eight_bits(b, carried)
+        weight = b.op("DequantizeLinear", wide, scale, shape=wide.shape, dtype=b.compute, axis=1)
+    elif integer and carried.bits < 8 and b.dialect != "tensorrt":
         weight = _scaled(b, carried, _int8(b, carried, True), carried.matrix[::-1], True)
     else:
         weight = dense(b, carried, flipped=True)
@@ -299,12 +303,42 @@ def _integer_product(b: Lowering, x: Held, carried: Carried, bias: Held | None, 
     Add, less the Add (4 % of a small encoder's time). OpenVINO reads it as the Q/DQ that it is, at the same speed."""
     assert x.quantized is not None
     codes, step, zero = x.quantized
-    scale, shift, _ = _parameters(b, carried, True)
     inside = bias if bias is not None and bias.rank == 1 else None
-    weight = _int8(b, carried, True)
+    if carried.groups > 1:
+        (weight, scale), shift = _eight_bits(b, carried), None
+    else:
+        scale, shift, _ = _parameters(b, carried, True)
+        weight = _int8(b, carried, True)
     made = b.op("MatMulIntegerToFloat", codes, weight, step, scale, zero, shift, inside, shape=shape, dtype=torch.float32,
                 domain="com.microsoft")  # fmt: skip
     return made if bias is inside else biased(b, made, bias)  # type: ignore[arg-type]
+
+
+def _multiples(carried: Carried) -> tuple[Tensor, Tensor] | None:
+    """Steps [O, 1] and whole numbers [O, G] (int8) whose products are the scales, where there are such that code times
+    number is an int8; else None."""
+    if carried.groups == 1 or carried.bits == 8 or carried.zero_point is not None:
+        return None
+    scale = carried.scale.float()
+    step, found = torch.zeros(len(scale), 1), torch.zeros(len(scale), dtype=torch.bool)
+    for most in range(1, (128 >> (carried.bits - 1)) + 1):
+        tried = scale.amax(1, keepdim=True) / most
+        fits = ((scale / tried).round() * tried == scale).all(1) & ~found
+        step[fits], found = tried[fits], found | fits
+    return (step, (scale / step).round().to(torch.int8)) if bool(found.all()) else None
+
+
+def _eight_bits(b: Lowering, carried: Carried) -> tuple[Held, Held]:
+    """The weight of few bits in groups as int8 [I, O] with one scale for each output: nodes of constants, folded at load."""
+    known = _multiples(carried)
+    assert known is not None
+    outputs, inputs = carried.matrix
+    shape = (outputs, carried.groups, inputs // carried.groups)
+    times = b.pinned(b.constant(known[1].unsqueeze(-1), name=f"{carried.path}.multiples"))
+    codes = b.cast(b.reshape(_int8(b, carried, False), shape), torch.int32)
+    wide = b.op("Mul", codes, b.cast(times, torch.int32), shape=shape, dtype=torch.int32)
+    whole = b.transpose(b.reshape(b.cast(wide, torch.int8), (outputs, inputs)), [1, 0])
+    return whole, _halved(b, known[0].reshape(-1), f"{carried.path}.scale")
 
 
 def _dynamic_product(b: Lowering, x: Held, carried: Carried, bias: Held | None, shape: Sequence[Any]) -> Held:

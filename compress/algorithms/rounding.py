@@ -15,7 +15,7 @@ from torch import Tensor
 from calibrate.grid import Grid
 from calibrate.ranges import storable
 
-__all__ = ["WeightRange", "codes_of", "rounding_loss", "scales_of"]
+__all__ = ["WeightRange", "codes_of", "multiples", "rounding_loss", "scales_of"]
 
 WeightRange = Literal["minmax", "mse"]
 
@@ -35,6 +35,18 @@ def scales_of(weight: Tensor, grid: Grid, how: WeightRange) -> tuple[Tensor, Ten
     scale = torch.cat([part[0] for part in parts])
     zero_points = [part[1] for part in parts if part[1] is not None]
     return scale, torch.cat(zero_points) if zero_points else None
+
+
+def multiples(scale: Tensor, grid: Grid) -> Tensor:
+    """Scales [O, G] moved to whole multiples of one step for each output, few enough that code times multiple is an int8.
+
+    With them a weight of few bits in groups has an int8 weight with one scale for each output that equals it exactly, so
+    that integer kernels run it (the two levels of Lin et al. 2024, arXiv 2405.04532, sec. 3.2.1). Steps are float16 numbers.
+    The largest scale of an output moves by at most 2**-10 of itself, the others by half a step.
+    """
+    most = 128 >> (grid.bits - 1)
+    step = storable(Grid(8), torch.zeros_like(scale), scale.amax(1, keepdim=True) * (127 / most))[0]
+    return (scale / step).round().clamp(1, most) * step
 
 
 def codes_of(weight: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -113,17 +113,18 @@ def column_energy(module: nn.Module, kind: str) -> Tensor:
     return weight.square().sum((2, 3)).reshape(groups, -1, weight.shape[1]).sum(1).reshape(-1)
 
 
-def shift_bias(layer: QuantizedLayer, weight: Tensor, wanted: Tensor, given: Tensor) -> float:
-    """Adds ``W wanted - W_quantized given`` to the bias [O]; returns the largest change.
+def shift_bias(layer: QuantizedLayer, weight: Tensor, mean: Tensor) -> float:
+    """Adds ``(W - W_quantized) mean`` to the bias [O]; returns the largest change.
 
-    A convolution's error is summed over its window, as if the mean were the same at every place of it.
+    A convolution's error is summed over its window, as if the mean were the same at every place of it. Only this layer's
+    error is corrected: the mean of what earlier layers lose hangs on few large activations, and does not belong to all rows.
 
     Args:
         weight: the float weight for the layer's input.
-        wanted, given: [C], the mean input of the float layer and of this one; their difference is the error of earlier layers.
+        mean: [C], of the layer's input.
     """
     assert layer.bias is not None
-    shift = _mean_output(layer, weight.float(), wanted) - _mean_output(layer, layer.weight.float(), given)
+    shift = _mean_output(layer, weight.float() - layer.weight, mean)
     layer.bias += shift
     return float(shift.abs().max())
 

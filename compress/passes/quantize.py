@@ -18,7 +18,7 @@ from calibrate.grid import Bits, Granularity, Grid
 from calibrate.ranges import Channels, Observer, RangeMethod, range_observer
 from calibrate.second_moment import SecondMoment
 from compress.algorithms.gptq import NotPositiveDefinite, gptq, output_error, refined
-from compress.algorithms.rounding import WeightRange, codes_of, scales_of
+from compress.algorithms.rounding import WeightRange, codes_of, multiples, scales_of
 from compress.algorithms.smoothing import Smoothing, balanced, smoothing
 from compress.anatomy import Anatomy, Site
 from compress.folding import folds
@@ -110,6 +110,11 @@ class Quantize(Pass):
         description="Bits of all embedding tables, one scale for each row; a head that is tied to one shares its codes. Default: "
         "they stay float.",
     )
+    group_scales: Literal["free", "multiples"] = Field(
+        "free",
+        description="multiples: the scales of a channel's groups are whole multiples of one step, so that static 8-bit inputs "
+        "and 4- or 2-bit weights in groups meet on integer kernels in ONNX Runtime and OpenVINO.",
+    )
     smooth: bool | Literal["balanced"] = Field(
         True,
         description="Each input channel of a linear layer is multiplied by a factor of its own before it is rounded, and the "
@@ -145,6 +150,8 @@ class Quantize(Pass):
     def _consistent(self) -> Quantize:
         if self.group_size and self.granularity in ("channel", "tensor"):
             raise ValueError(f"group_size has no meaning with granularity {self.granularity}")
+        if self.group_scales == "multiples" and (self.weights == 8 or not self.symmetric):
+            raise ValueError("group_scales: multiples is for symmetric weights of 4 or 2 bits in groups")
         return self
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
@@ -410,9 +417,9 @@ class Quantize(Pass):
                     f"Use rows that reach it, or leave it float with skip: [{path}].",
                 )
             says["activation"] = fit_input(layer, seen, self._input_grid, self.range)
-        wanted = seen.mean if seen is not None else None if moment is None else moment.mean
-        if self.bias_correction and layer.bias is not None and wanted is not None:
-            says["bias_correction"] = shift_bias(layer, weight, wanted, wanted if moment is None else moment.mean)
+        mean = seen.mean if seen is not None else None if moment is None else moment.mean
+        if self.bias_correction and layer.bias is not None and mean is not None:
+            says["bias_correction"] = shift_bias(layer, weight, mean)
         context.surgery.replace(model, path, layer)
         ties.settle(model, context.surgery, path)
         return says
@@ -424,6 +431,8 @@ class Quantize(Pass):
         grid = layer.quantized_weight.grid
         how = self.weight_range or ("minmax" if grid.bits == 8 else "mse")
         scale, zero_point = scales_of(weight, grid, how)
+        if self.group_scales == "multiples" and grid.granularity == "group":
+            scale = multiples(scale, grid)
         nearest = codes_of(weight, grid, scale, zero_point)
         if moment is None:
             return store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calibrate.grid import Grid
 from calibrate.signature import Batch, Signature, TensorSpec
+from compress.algorithms.rounding import multiples
 from compress.layers.quantized import QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
 from export.graph import Traceable
 
@@ -85,6 +86,7 @@ def quantized(
     group: int | None = None,
     symmetric: bool = True,
     tensor: bool = False,
+    stepped: bool = False,
 ) -> tuple[nn.Module, Signature, Batch]:
     """The model with every linear layer, convolution and table as codes, ranges from its own example."""
     model, signature, batch = made(kind)
@@ -104,6 +106,8 @@ def quantized(
         layer_grid = grid if not group or weight[0].numel() % group == 0 else Grid(bits, symmetric, "channel")
         blocks = layer_grid.blocks(weight)
         scale, shift = layer_grid.parameters(blocks.amin(-1), blocks.amax(-1))
+        if stepped and layer_grid.group_size:
+            scale = multiples(scale, layer_grid)
         rounding = {"kind": activations, "bits": 8, "symmetric": symmetric} if activations else None
         shape = tuple(weight.shape)
         new: Any
@@ -141,6 +145,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "static per tensor": {"tensor": True},
     "static 4": {"bits": 4},
     "static 2": {"bits": 2},
+    "static 4 stepped groups": {"bits": 4, "group": 16, "stepped": True},
+    "static 2 stepped groups": {"bits": 2, "group": 8, "stepped": True},
     "dynamic": {"activations": "dynamic"},
     "dynamic asymmetric": {"activations": "dynamic", "symmetric": False},
     "dynamic 4": {"activations": "dynamic", "bits": 4},
