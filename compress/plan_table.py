@@ -87,7 +87,8 @@ def _files(plan: Plan) -> Table:
         table.add_column(heading, justify="right")
     for file in plan.files:
         base = file.float_size_bytes
-        table.add_row(file.path, size(file.size_bytes), size(base) if base else "-", _ratio(file.size_bytes, base or 0))
+        about = size(file.size_bytes) + (f" +- {size(file.uncertain_bytes)}" if file.uncertain_bytes else "")
+        table.add_row(file.path, about, size(base) if base else "-", _ratio(file.size_bytes, base or 0))
     return table
 
 

@@ -73,6 +73,7 @@ class PlannedFile(_Record):
     format: str
     path: str
     size_bytes: int
+    uncertain_bytes: int = Field(0, description="how far off the size may be, where it is an estimate; 0: counted")
     float_size_bytes: int | None = Field(description="of the float file it will be compared with; null without evaluation")
     run_in_float: list[SiteGroup] = Field(description="quantized layers that the runtime computes in floating point all the same")
 
@@ -200,6 +201,7 @@ def _file(exporter: Exporter, told: Forecast, baseline: Forecast | None) -> Plan
         format=exporter.format,
         path=exporter.filename,
         size_bytes=told.size_bytes,
+        uncertain_bytes=told.uncertain_bytes,
         float_size_bytes=None if baseline is None else baseline.size_bytes,
         run_in_float=_grouped([(path, "", reason) for path, reason in told.float_sites.items()]),
     )

@@ -55,6 +55,7 @@ class Forecast:
     """What a file will be, told without writing it.
 
     ``size_bytes``: of the file with its weights. ``peak_bytes``: most memory that writing it takes beyond the model itself.
+    ``uncertain_bytes``: how far off the size may be, where it was not counted but estimated.
     ``beside_bytes``: of what is written next to it (the Q/DQ file of an engine).
     ``float_sites``: quantized layers (module paths) that the runtime computes in floating point all the same, with the reason.
     """
@@ -63,6 +64,7 @@ class Forecast:
     peak_bytes: int
     float_sites: Mapping[str, str] = field(default_factory=dict)
     beside_bytes: int = 0
+    uncertain_bytes: int = 0
 
 
 class Runner(ABC):

@@ -97,14 +97,15 @@ class TensorRTExporter(Exporter):
         """The size by the formula of ``export.tensorrt_forecast``; the memory is that of the builder's process, which runs beside
         this one, or of reading the engine again, whichever is more."""
         from export.onnx_file import made_bytes, written_bytes
-        from export.tensorrt_forecast import builder_bytes, engine_bytes
+        from export.tensorrt_forecast import UNCERTAIN, builder_bytes, engine_bytes
 
         self._ready()
         graph = self._lower(source)
         size, given, copies = engine_bytes(graph), written_bytes(graph), made_bytes(graph, source.model)
         reason = f"its inputs are not quantized: the weight is made {self.precision} and multiplied so"
         peak = max(builder_bytes(given, size), 2 * size + given) + copies
-        return Forecast(size, peak, dict.fromkeys(weight_only(source.model), reason), given)
+        unsure = int(UNCERTAIN * max(0, size - given))
+        return Forecast(size, peak, dict.fromkeys(weight_only(source.model), reason), given, unsure)
 
     def write(self, source: Traceable, path: Path) -> Artifact:
         """Lowers the model, keeps the Q/DQ file and builds the engine; afterwards both are there, or neither.
