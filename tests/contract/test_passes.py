@@ -16,9 +16,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from calibrate.errors import UserError
+from calibrate.inventory import inventory
 from calibrate.signature import Batch, Signature
 from compress.anatomy import find
 from compress.passes import PASSES, Context, Pass, known_passes
+from compress.rehearsal import stand_in
 from compress.surgery import Edit, Surgery
 
 TESTS = Path(__file__).parents[1] / "compress" / "passes"
@@ -154,6 +156,18 @@ def test_preview_shows_the_layers_that_run_puts_in(step: type[Pass]) -> None:
     for path, layer in preview.items():
         assert all(tensor.is_meta for tensor in layer.state_dict().values())
         assert type(after.get_submodule(path)) is type(layer)
+
+
+@each_pass
+def test_a_rehearsal_leaves_the_shapes_that_run_leaves(step: type[Pass]) -> None:
+    model, signature, rows = subject()
+    anatomy = find(model, signature, {name: tensor[:2] for name, tensor in rows[0].items()})
+    before, rehearsed = inventory(model), stand_in(model)
+    example(step).rehearse(rehearsed, anatomy, Surgery())
+    assert inventory(model) == before
+    after, _ = ran(example(step), model, signature, rows)
+    assert inventory(after) != before
+    assert inventory(rehearsed) == inventory(after)
 
 
 @each_pass
