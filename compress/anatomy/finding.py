@@ -78,7 +78,8 @@ def find(model: nn.Module, signature: Signature, example: Batch, roles: Mapping[
         reading.sites[path].roles = set(named)
     for path in named_blocks(model, given, list(reading.blocks)):
         reading.blocks[path] = []
-    return _assemble(model, reading, given)
+    rows = {name: tensor[:_ROWS] for name, tensor in example.items()}
+    return replace(_assemble(model, reading, given), signature=signature, example=rows)
 
 
 def _tensors(model: nn.Module, path: str) -> set[int]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from calibrate.errors import UserError
+from calibrate.signature import Batch, Signature
 
 __all__ = ["ROLES", "Anatomy", "Block", "Kind", "Site"]
 
@@ -105,6 +106,9 @@ class Anatomy:
     loose_flops: int = 0
     named: tuple[str, ...] = field(default=())
     """Paths whose roles the recipe named."""
+    signature: Signature | None = field(default=None, repr=False, compare=False)
+    example: Batch | None = field(default=None, repr=False, compare=False)
+    """What the model was traced with: two rows."""
 
     @property
     def roles(self) -> dict[str, list[str]]:
