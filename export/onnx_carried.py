@@ -316,12 +316,13 @@ def _integer_product(b: Lowering, x: Held, carried: Carried, bias: Held | None, 
 
 def _multiples(carried: Carried) -> tuple[Tensor, Tensor] | None:
     """Steps [O, 1] and whole numbers [O, G] (int8) whose products are the scales, where there are such that code times
-    number is an int8; else None."""
-    if carried.groups == 1 or carried.bits == 8 or carried.zero_point is not None:
+    (less its zero point) times number is an int8; else None."""
+    if carried.groups == 1 or carried.bits == 8:
         return None
+    highest = 128 >> (carried.bits - 1) if carried.zero_point is None else 127 // (2**carried.bits - 1)
     scale = carried.scale.float()
     step, found = torch.zeros(len(scale), 1), torch.zeros(len(scale), dtype=torch.bool)
-    for most in range(1, (128 >> (carried.bits - 1)) + 1):
+    for most in range(1, highest + 1):
         tried = scale.amax(1, keepdim=True) / most
         fits = ((scale / tried).round() * tried == scale).all(1) & ~found
         step[fits], found = tried[fits], found | fits
@@ -336,6 +337,9 @@ def _eight_bits(b: Lowering, carried: Carried) -> tuple[Held, Held]:
     shape = (outputs, carried.groups, inputs // carried.groups)
     times = b.pinned(b.constant(known[1].unsqueeze(-1), name=f"{carried.path}.multiples"))
     codes = b.cast(b.reshape(_int8(b, carried, False), shape), torch.int32)
+    if carried.zero_point is not None:
+        shift = b.pinned(b.constant(carried.zero_point.unsqueeze(-1), name=f"{carried.path}.zero_point"))
+        codes = b.op("Sub", codes, b.cast(shift, torch.int32), shape=shape, dtype=torch.int32)
     wide = b.op("Mul", codes, b.cast(times, torch.int32), shape=shape, dtype=torch.int32)
     whole = b.transpose(b.reshape(b.cast(wide, torch.int8), (outputs, inputs)), [1, 0])
     return whole, _halved(b, known[0].reshape(-1), f"{carried.path}.scale")
@@ -369,7 +373,7 @@ def _n_bits(b: Lowering, x: Held, carried: Carried, block: int, shape: Sequence[
     stored = (outputs, count, block * carried.bits // 8)
     codes = _once(b, carried, "NBits", lambda: b.packed(packed, "UINT8", stored, f"{carried.path}.codes"))
     _record(b, carried, codes, order="OI", storage="bits")
-    scale = b.constant(_spread(carried.scale, outputs, count).contiguous(), name=f"{carried.path}.scale")
+    scale = _halved(b, _spread(carried.scale, outputs, count).contiguous(), f"{carried.path}.scale")
     zero = None
     if carried.zero_point is not None:
         zero = b.constant(_packed_zero_points(carried, count), name=f"{carried.path}.zero_point")
@@ -451,8 +455,8 @@ def _row_scales(b: Lowering, ids: Held, carried: Carried, values: Held) -> Held:
     blocks = b.reshape(values, (*ids.shape, groups, carried.matrix[1] // groups)) if groups > 1 else values
 
     def picked(parameter: Tensor, name: str) -> Held:
-        half = parameter.half()
-        stored = half if torch.equal(half.float(), parameter.float()) else parameter.float()
+        small = parameter if parameter.dtype == torch.int8 else parameter.half()
+        stored = small if torch.equal(small.float(), parameter.float()) else parameter.float()
         if carried.per_tensor:
             stored = parameter.float().reshape(())
         held = b.constant(stored, name=f"{carried.path}.{name}")

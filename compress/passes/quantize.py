@@ -22,7 +22,7 @@ from compress.algorithms.rounding import WeightRange, codes_of, multiples, scale
 from compress.algorithms.smoothing import Smoothing, balanced, smoothing
 from compress.anatomy import Anatomy, Site
 from compress.folding import folds
-from compress.layers import is_quantized
+from compress.layers import QuantEmbedding, is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
 from compress.layers.fitting import Seen, column_energy, fit_input, shift_bias, store_weight
 from compress.passes.contract import Context, Pass, Target, blank
@@ -115,6 +115,9 @@ class Quantize(Pass):
         description="multiples: the scales of a channel's groups are whole multiples of one step, so that static 8-bit inputs "
         "and 4- or 2-bit weights in groups meet on integer kernels in ONNX Runtime and OpenVINO.",
     )
+    embedding_group_size: PositiveInt | None = Field(
+        None, description="Columns of a table's row that share a scale. Default: the whole row."
+    )
     smooth: bool | Literal["balanced"] = Field(
         True,
         description="Each input channel of a linear layer is multiplied by a factor of its own before it is rounded, and the "
@@ -150,8 +153,8 @@ class Quantize(Pass):
     def _consistent(self) -> Quantize:
         if self.group_size and self.granularity in ("channel", "tensor"):
             raise ValueError(f"group_size has no meaning with granularity {self.granularity}")
-        if self.group_scales == "multiples" and (self.weights == 8 or not self.symmetric):
-            raise ValueError("group_scales: multiples is for symmetric weights of 4 or 2 bits in groups")
+        if self.group_scales == "multiples" and self.weights == 8:
+            raise ValueError("group_scales: multiples is for weights of 4 or 2 bits in groups")
         return self
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
@@ -256,6 +259,8 @@ class Quantize(Pass):
         granularity: Granularity = self.granularity or ("group" if self.group_size or bits < 8 else "channel")
         if site.kind in ("embedding", "conv2d") and granularity == "group":
             granularity = "channel"
+        if site.kind == "embedding" and self.embedding_group_size:
+            granularity = "group"
         if site.kind == "embedding" and columns * bits % 8:
             raise UserError(
                 self.name,
@@ -264,7 +269,7 @@ class Quantize(Pass):
             )
         if granularity != "group":
             return Grid(bits, self.symmetric, granularity)
-        size = self.group_size or 32
+        size = (self.embedding_group_size if site.kind == "embedding" else None) or self.group_size or 32
         if columns % size:
             near = _divisors_near(columns, size)
             raise UserError(
@@ -431,7 +436,7 @@ class Quantize(Pass):
         grid = layer.quantized_weight.grid
         how = self.weight_range or ("minmax" if grid.bits == 8 else "mse")
         scale, zero_point = scales_of(weight, grid, how)
-        if self.group_scales == "multiples" and grid.granularity == "group":
+        if self.group_scales == "multiples" and grid.granularity == "group" and not isinstance(layer, QuantEmbedding):
             scale = multiples(scale, grid)
         nearest = codes_of(weight, grid, scale, zero_point)
         if moment is None:

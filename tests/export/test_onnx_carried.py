@@ -146,6 +146,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "static 4": {"bits": 4},
     "static 2": {"bits": 2},
     "static 4 stepped groups": {"bits": 4, "group": 16, "stepped": True},
+    "static 4 stepped groups with zero points": {"bits": 4, "group": 16, "stepped": True, "symmetric": False},
     "static 2 stepped groups": {"bits": 2, "group": 8, "stepped": True},
     "dynamic": {"activations": "dynamic"},
     "dynamic asymmetric": {"activations": "dynamic", "symmetric": False},

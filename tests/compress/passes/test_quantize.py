@@ -296,6 +296,22 @@ def test_embeddings_are_quantized_by_row_when_asked() -> None:
     assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
 
 
+def test_rows_of_a_table_in_groups_are_closer_at_four_bits() -> None:
+    whole, groups = (
+        tried(Quantize(activations="none", embeddings=4, embedding_group_size=size), *shared()) for size in (None, 8)
+    )
+    assert groups.after.get_submodule("embed.quantized_weight").scale.shape == (40, 4)
+    says = [trial.context.report["sites"]["embed"]["weight_sqnr_db"] for trial in (whole, groups)]
+    assert says[1] > says[0] + 1
+
+
+def test_group_scales_that_are_multiples_cost_little() -> None:
+    free, stepped = (on_digits(weights=4, group_size=16, group_scales=how, activations="none") for how in ("free", "multiples"))
+    assert stepped.sqnr_db > free.sqnr_db - 1.5
+    with pytest.raises(ValidationError, match="4 or 2 bits"):
+        Quantize(group_scales="multiples")
+
+
 def test_a_tied_head_that_is_skipped_stays_float_and_is_told() -> None:
     trial = tried(Quantize(activations="none", embeddings=8, skip=["head"]), *shared())
     assert not isinstance(trial.after.get_submodule("head"), QuantLinear)
