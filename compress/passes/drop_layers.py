@@ -1,42 +1,38 @@
-"""Removing whole blocks, attention sublayers or MLP sublayers."""
+"""Removing whole blocks, attention sublayers or MLP sublayers: those that are named, or those that change the stream least."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
 from calibrate.errors import UserError
-from compress.anatomy import Anatomy, Block, Site
-from compress.layers import Absent
-from compress.layers.conversion import matrix_shape, obstacle
+from compress.anatomy import Anatomy, Block
+from compress.depth import PARTS, Part, Sublayer, find_sublayers, shorten, take_out
+from compress.depth_choice import Candidates, find_candidates, refuse
+from compress.depth_removal import Removal
 from compress.passes.contract import Context, Pass, Target
 from compress.surgery import Surgery
 
 __all__ = ["DropLayers"]
 
-_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
-"""Names under which modules keep their own position (key-value caches are indexed by it)."""
-_COUNTS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-)
-
 
 class DropLayers(Pass):
-    """Take out blocks, attention sublayers or MLP sublayers that the recipe names by number.
+    """Take out blocks, attention sublayers or MLP sublayers: those named by number, or those that change the model least.
+
+    With ``count`` or ``ratio`` the parts with the highest similarity go: the mean over tokens of the cosine between the
+    residual stream before and after the part (He et al. 2024, arXiv 2406.15786, sec. 3). ``one_shot`` measures once,
+    ``iterative`` again after each removal, ``consecutive`` takes the run of neighbouring blocks across which the stream
+    changes least.
 
     Blocks are numbered as ``compress inspect`` prints them, from 0; negative numbers count from the end. A dropped block
     leaves its list, and the positions that the others keep (for key-value caches) and the counts in the model's config
-    are put right. A dropped sublayer adds nothing to the residual stream, ``x + 0``: its norm stays where it stands after
-    the join, as in BERT (He et al. 2024, arXiv 2406.15786, sec. 3), and its weights are gone.
+    are put right. A dropped sublayer adds nothing to the residual stream, ``x + 0``: its weights are gone, with the norm
+    that only it reads (pre-norm) and the one on its output; a norm after the join stays, as in BERT. With ``repair`` the
+    mean of what it added on the calibration rows stays as a bias, where the model's output on rows held out gets nearer to
+    what it was.
     """
 
     name: ClassVar[str] = "drop_layers"
@@ -45,51 +41,101 @@ class DropLayers(Pass):
     blocks: list[int] = Field([], description="Numbers of the blocks to take out whole; -1 is the last.")
     attention: list[int] = Field([], description="Numbers of the blocks whose attention is taken out.")
     mlp: list[int] = Field([], description="Numbers of the blocks whose MLP is taken out.")
+    sublayers: Literal["block", "attention", "mlp", "both"] = Field(
+        "attention", description="What count or ratio chooses from; both: attention and MLP sublayers together."
+    )
+    count: Annotated[int, Field(gt=0)] | None = Field(None, description="How many go; the similarity chooses which.")
+    ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="The share that goes, instead of count; the number is rounded to the nearest."
+    )
+    method: Literal["one_shot", "consecutive", "iterative"] = Field(
+        "one_shot",
+        description="one_shot: all at once; iterative: measured again after each; "
+        "consecutive: neighbouring blocks (sublayers: block).",
+    )
+    score: Literal["similarity", "random"] = Field("similarity", description="random: a seeded choice, as a control.")
+    repair: bool | None = Field(
+        None,
+        description="Keep the mean that a sublayer added as a bias, where held-out rows say that it helps; "
+        "by default with count and ratio. Reads calibration rows.",
+    )
 
     @model_validator(mode="after")
     def _something(self) -> DropLayers:
-        if not (self.blocks or self.attention or self.mlp):
-            raise ValueError("name at least one number under blocks, attention or mlp")
+        numbered = bool(self.blocks or self.attention or self.mlp)
+        if not (numbered or self.chooses):
+            raise ValueError("name at least one number under blocks, attention or mlp\nOr say how many: count, or ratio.")
+        if numbered and self.chooses:
+            raise ValueError("numbers and count (or ratio) exclude each other\nUse two passes of drop_layers.")
+        if self.count is not None and self.ratio is not None:
+            raise ValueError("count and ratio both say how many\nKeep one of them.")
+        if self.method == "consecutive" and self.sublayers != "block":
+            raise ValueError("consecutive takes neighbouring blocks\nWrite sublayers: block, or another method.")
         return self
 
+    @property
+    def chooses(self) -> bool:
+        return self.count is not None or self.ratio is not None
+
+    @property
+    def repairs(self) -> bool:
+        return self.chooses if self.repair is None else self.repair
+
+    @property
+    def calibrates(self) -> bool:
+        return self.repairs or (self.chooses and self.score == "similarity")
+
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
-        gone = self._blocks(anatomy)
-        targets = [Target(block.path, "block", "taken out") for block in gone]
-        for part, site in self._projections(model, anatomy, gone):
-            targets.append(Target(site.path, ", ".join(site.roles), f"taken out with its {part}"))
+        if self.chooses:
+            candidates, count = self.candidates(model, anatomy)
+            action = f"one of {len(candidates.these)}: {count} of these are taken out"
+            return [Target(one.key, one.part, action) for one in candidates.these] if count else []
+        targets = [Target(block.path, "block", "taken out") for block in self.named_blocks(anatomy)]
+        for one in self.named_sublayers(model, anatomy):
+            roles = {site.path: ", ".join(site.roles) for site in one.sites}
+            roles |= dict.fromkeys((*one.norms, *one.after), "norm")
+            targets += [Target(path, role, f"taken out with its {one.part}") for path, role in roles.items()]
         return targets
 
+    def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+        return self.candidates(model, anatomy)[0].others if self.chooses else {}
+
     def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
-        gone = self._blocks(anatomy)
-        self._take_out(model, surgery, gone, self._projections(model, anatomy, gone))
+        if self.chooses:
+            candidates, count = self.candidates(model, anatomy)
+            chosen = candidates.typical(count, near=self.method == "consecutive")
+            blocks = [one.block.path for one in chosen if not one.sublayer]
+            sublayers = [one.sublayer for one in chosen if one.sublayer]
+        else:
+            blocks, sublayers = [block.path for block in self.named_blocks(anatomy)], self.named_sublayers(model, anatomy)
+        self.take_out_parts(model, surgery, blocks, sublayers)
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
-        gone = self._blocks(context.anatomy)
-        projections = self._projections(model, context.anatomy, gone)
-        self._take_out(model, context.surgery, gone, projections)
-        context.report |= {
-            "blocks": [block.path for block in gone],
-            "projections": [site.path for _, site in projections],
-            "skipped": {},
-        }
+        Removal(self, model, context).run()
         return model
 
-    def _take_out(
-        self,
-        model: nn.Module,
-        surgery: Surgery,
-        gone: list[Block],
-        projections: list[tuple[Literal["attention", "mlp"], Site]],
-    ) -> None:
-        for _, site in projections:
-            outputs, _ = matrix_shape(model.get_submodule(site.path), site.kind)
-            surgery.replace(model, site.path, Absent(outputs))
-        for container in dict.fromkeys(block.container for block in gone):
-            assert container is not None
-            positions = [block.position for block in gone if block.container == container]
-            _shorten(model, surgery, container, positions)
+    def take_out_parts(self, model: nn.Module, surgery: Surgery, blocks: Sequence[str], sublayers: Sequence[Sublayer]) -> None:
+        for one in sublayers:
+            take_out(model, surgery, one, constant=self.repairs)
+        listed: dict[str, list[int]] = {}
+        for path in blocks:
+            container, _, name = path.rpartition(".")
+            listed.setdefault(container, []).append(list(dict(model.get_submodule(container).named_children())).index(name))
+        for container, positions in listed.items():
+            shorten(model, surgery, container, positions)
 
-    def _blocks(self, anatomy: Anatomy) -> list[Block]:
+    def candidates(self, model: nn.Module, anatomy: Anatomy) -> tuple[Candidates, int]:
+        """The candidates, and how many of them go.
+
+        Raises:
+            UserError: there are none, or fewer.
+        """
+        candidates = find_candidates(model, anatomy, self.sublayers)
+        count = self.count if self.count is not None else round((self.ratio or 0.0) * len(candidates.these))
+        refuse(self.name, candidates, count, near=self.method == "consecutive")
+        return candidates, count
+
+    def named_blocks(self, anatomy: Anatomy) -> list[Block]:
         """The blocks to take out, each once.
 
         Raises:
@@ -114,75 +160,30 @@ class DropLayers(Pass):
         wanted = {number % count for number in numbers}
         return [anatomy.blocks[number] for number in sorted(wanted)]
 
-    def _projections(
-        self, model: nn.Module, anatomy: Anatomy, gone: list[Block]
-    ) -> list[tuple[Literal["attention", "mlp"], Site]]:
-        """The projections of the sublayers to take out, and which sublayer each is of.
+    def named_sublayers(self, model: nn.Module, anatomy: Anatomy) -> list[Sublayer]:
+        """The sublayers named by number.
 
         Raises:
             UserError: a sublayer that the block lacks, or one that cannot be taken out exactly.
         """
-        parts: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
-        found = []
-        for part in parts:
-            for block in self._numbered(anatomy, getattr(self, part), part):
-                if block in gone:
-                    raise UserError(
-                        self.name, f"{part}: block {block.index} is taken out whole", f"Take {block.index} off {part}."
-                    )
-                found += [(part, site) for site in self._sublayer(model, block, part)]
-        return found
+        gone = self.named_blocks(anatomy)
+        return [one for part in PARTS for one in self._of_part(model, anatomy, gone, part)]
 
-    def _sublayer(self, model: nn.Module, block: Block, part: Literal["attention", "mlp"]) -> Iterator[Site]:
-        last = "attention.out" if part == "attention" else "mlp.down"
-        sites = [site for site in block.sites if any(role.startswith(f"{part}.") for role in site.roles)]
-        ends = [site for site in sites if last in site.roles]
-        if not ends:
-            raise UserError(self.name, f"{block.path} has no {last}", "See what it has with: compress inspect.")
-        for site in sites:
-            reason = obstacle(model, site.path, site.kind)
-            if site.kind not in ("linear", "conv1d"):
-                reason = reason or f"it is a {site.kind}, and only linear layers can be taken out"
-            if reason:
-                raise UserError(self.name, f"{site.path} cannot be taken out: {reason}", f"Leave block {block.index} off {part}.")
-        yield from sites
-
-
-def _shorten(model: nn.Module, surgery: Surgery, container: str, positions: list[int]) -> None:
-    """Takes the children at ``positions`` out of a list and puts right what counts them."""
-    before = len(list(model.get_submodule(container).children()))
-    kept = [position for position in range(before) if position not in positions]
-    surgery.keep(model, container, kept)
-    for new, old in enumerate(kept):
-        for path, module in list(model.get_submodule(f"{container}.{new}").named_modules()):
-            for name in _NUMBERS:
-                if vars(module).get(name) == old and new != old:
-                    surgery.set(model, ".".join(filter(None, (container, str(new), path))), name, new)
-    for path, name, value in _counted(model, container, before, kept):
-        surgery.set(model, path, f"config.{name}", value)
-
-
-def _counted(model: nn.Module, container: str, before: int, kept: list[int]) -> list[tuple[str, str, Any]]:
-    """Entries of configs on the way to the list that count its children, or hold one value for each: (path, name, value)."""
-    found: list[tuple[str, str, Any]] = []
-    seen: set[int] = set()
-    pieces = container.split(".")
-    for depth in range(len(pieces)):
-        path = ".".join(pieces[:depth])
-        config = vars(model.get_submodule(path)).get("config")
-        if config is None or id(config) in seen:
-            continue
-        seen.add(id(config))
-        entries = vars(config)
-        other = "decoder" if "encoder" in container else "encoder" if "decoder" in container else None
-        for name, value in entries.items():
-            if other and other in name:
-                continue
-            if name in _COUNTS and value == before:
-                found.append((path, name, len(kept)))
-            elif "layer" in name and isinstance(value, (list, tuple)) and len(value) == before:
-                found.append((path, name, [value[position] for position in kept]))
-    return found
+    def _of_part(self, model: nn.Module, anatomy: Anatomy, gone: list[Block], part: Part) -> Iterator[Sublayer]:
+        blocks = self._numbered(anatomy, getattr(self, part), part)
+        found = {one.block: one for one in find_sublayers(model, anatomy, blocks, part)}
+        for block in blocks:
+            if block in gone:
+                raise UserError(self.name, f"{part}: block {block.index} is taken out whole", f"Take {block.index} off {part}.")
+            one = found.get(block.index)
+            if one is None:
+                last = "attention.out" if part == "attention" else "mlp.down"
+                raise UserError(self.name, f"{block.path} has no {last}", "See what it has with: compress inspect.")
+            if one.obstacle:
+                path, _, reason = one.obstacle.partition(": ")
+                hint = f"Leave block {block.index} off {part}."
+                raise UserError(self.name, f"{path} cannot be taken out: {reason}", hint)
+            yield one
 
 
 def _numbers_there(count: int) -> str:
