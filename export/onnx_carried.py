@@ -242,7 +242,9 @@ def _halved(b: Lowering, numbers: Tensor, name: str) -> Held:
     held = b.constant(numbers, name=name)
     if b.dialect == "tensorrt" or numbers.numel() < _FEW or not torch.equal(numbers.half().float(), numbers.float()):
         return held
-    return b.cast(b.pinned(b.constant(numbers.half(), name=name)), torch.float32)
+    half = b.constant(numbers.half(), name=name)
+    half.exact = True
+    return b.cast(b.pinned(half), torch.float32)
 
 
 def _multiplied(b: Lowering, carried: Carried, flipped: bool) -> Held:

@@ -264,6 +264,24 @@ def test_both_dialects_give_the_same_numbers(tmp_path: Path) -> None:
     assert sqnr(outputs[0], outputs[1]) > 120
 
 
+def test_scales_that_are_float16_numbers_are_stored_as_such(tmp_path: Path) -> None:
+    model, signature, batch = quantized("text")
+    held = []
+    for exact in (False, True):
+        for path, layer in model.named_modules():
+            if is_quantized(layer) and (exact or path != "up"):
+                codes: Any = layer.quantized_weight
+                codes.scale = codes.scale.half().float()
+        write(lower(Traceable(model, signature, batch)), tmp_path / "model.onnx")
+        graph = read(tmp_path / "model.onnx").graph
+        held.append({name: value.dtype for name, value in graph.initializers.items() if name.endswith(".scale")})
+    assert held[1]["words.scale"] == held[1]["places.scale"] == held[1]["up.scale"] == ir.DataType.FLOAT16
+    assert held[0]["up.scale"] == ir.DataType.FLOAT, "its scales were no float16 numbers"
+    assert held[1]["query.scale"] == ir.DataType.FLOAT, "too few to be worth a node"
+    with torch.no_grad():
+        assert sqnr(signature.call(model, batch), OnnxRunner(tmp_path / "model.onnx", 1)(batch)) >= 50
+
+
 def test_a_flipped_code_is_seen(tmp_path: Path) -> None:
     """Control: one code changed in the file is found by reading it back, and a wrong zero point by running it."""
     model, signature, batch = quantized("text")
