@@ -23,10 +23,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, C] -> [B, T, C]
-        batch, tokens, width = x.shape
+        batch, tokens, _ = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
         return projected
 
 
