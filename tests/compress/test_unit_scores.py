@@ -54,7 +54,7 @@ def test_a_restart_gives_what_the_whole_model_gives(name: str) -> None:
 
 
 def test_blocks_before_are_not_run() -> None:
-    model, signature, example, units, paths = parts("bert")
+    model, signature, example, _, paths = parts("bert")
     restart, ran = Restart(model, signature.call, paths), []
     restart.add(example)
     restart.exact(paths[-1])
