@@ -13,6 +13,7 @@ from calibrate.errors import UserError
 from calibrate.signature import Batch
 from compress.depth import Sublayer
 from compress.depth_choice import Candidate, Candidates, measure, one_shot, run_of_blocks
+from compress.depth_refit import Original, refit
 from compress.depth_repair import Judge, finite, keep_constants, parted
 from compress.passes.contract import Context
 from compress.whereabouts import Whereabouts
@@ -37,6 +38,8 @@ class Removal:
                 raise UserError(options.name, "there are no calibration rows", "Name at least one row under data.calibration.")
             self.fit, self.held = parted(every) if options.repairs else (every, [])
             self.judge = Judge(model, context.call, self.held) if options.repairs else None
+        self.original = Original(model, context.anatomy) if options.repairs else None
+        self.start = len(context.edits)
         self.means: dict[str, Tensor] = {}
         self.kept: list[str] = []
         self.skipped: dict[str, str] = {}
@@ -53,7 +56,7 @@ class Removal:
         }
         self.context.report |= report
         if self.judge:
-            self.context.report["repair"] = self._repaired(sublayers)
+            self.context.report["repair"] = self._repaired(sublayers, [one.block.index for one in chosen if not one.sublayer])
 
     def _named(self) -> list[Candidate]:
         anatomy = self.context.anatomy
@@ -136,13 +139,19 @@ class Removal:
             means = {one.constant: self.means[one.sink] for one in sublayers if one.constant and one.sink in self.means}
             self.kept += keep_constants(self.model, self.judge, means)
 
-    def _repaired(self, sublayers: list[Sublayer]) -> dict[str, Any]:
+    def _repaired(self, sublayers: list[Sublayer], blocks: list[int]) -> dict[str, Any]:
         assert self.judge is not None
+        assert self.original is not None
         after = self.judge.sqnr_db(self.model)
         bare = self._without() if self.kept else after
+        behind = self.original.next_after(sublayers, blocks)
+        rows, edits = (self.fit, self.held), self.context.edits[self.start :]
+        refitted = refit(self.model, self.context.call, self.original, behind, edits, rows, self.judge)
+        after = self.judge.sqnr_db(self.model) if refitted else after
         places = [one.constant for one in sublayers if one.constant]
-        told = {"rows": self.judge.rows, "sqnr_db_before": finite(bare), "sqnr_db_after": finite(after)}
+        told: dict[str, Any] = {"rows": self.judge.rows, "sqnr_db_before": finite(bare), "sqnr_db_after": finite(after)}
         no_place = [one.sink for one in sublayers if not one.constant]
+        told |= {"refitted": refitted}
         return {**told, "constants": self.kept, "not_better": [p for p in places if p not in self.kept], "no_place": no_place}
 
     def _without(self) -> float:

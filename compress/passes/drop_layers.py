@@ -30,9 +30,11 @@ class DropLayers(Pass):
     Blocks are numbered as ``compress inspect`` prints them, from 0; negative numbers count from the end. A dropped block
     leaves its list, and the positions that the others keep (for key-value caches) and the counts in the model's config
     are put right. A dropped sublayer adds nothing to the residual stream, ``x + 0``: its weights are gone, with the norm
-    that only it reads (pre-norm) and the one on its output; a norm after the join stays, as in BERT. With ``repair`` the
-    mean of what it added on the calibration rows stays as a bias, where the model's output on rows held out gets nearer to
-    what it was.
+    that only it reads (pre-norm) and the one on its output; a norm after the join stays, as in BERT.
+
+    With ``repair`` the mean of what a sublayer added on the calibration rows stays as a bias, and the next projection that
+    adds to the stream is fitted by least squares so that the stream behind it is what it was; each only where the model's
+    output on rows held out gets nearer to what it was.
     """
 
     name: ClassVar[str] = "drop_layers"
@@ -56,8 +58,8 @@ class DropLayers(Pass):
     score: Literal["similarity", "random"] = Field("similarity", description="random: a seeded choice, as a control.")
     repair: bool | None = Field(
         None,
-        description="Keep the mean that a sublayer added as a bias, where held-out rows say that it helps; "
-        "by default with count and ratio. Reads calibration rows.",
+        description="Keep the mean that a sublayer added as a bias and refit the next projection, where held-out rows say "
+        "that it helps; by default with count and ratio. Reads calibration rows.",
     )
 
     @model_validator(mode="after")

@@ -267,7 +267,7 @@ def test_iterative_measures_again_after_each_removal() -> None:
     trial = tried(DropLayers(sublayers="block", count=2, method="iterative", repair=False), model, signature, rows)
     first, second = trial.context.report["dropped"]
     after_one = tried(DropLayers(blocks=[first["block"]]), model, signature, rows)
-    left = tried(DropLayers(sublayers="block", count=1), after_one.after, signature, rows)
+    left = tried(DropLayers(sublayers="block", count=1, repair=False), after_one.after, signature, rows)
     number = left.context.report["dropped"][0]["block"]
     assert second["block"] == [block for block in range(4) if block != first["block"]][number]
     assert second["similarity"] == pytest.approx(left.context.report["dropped"][0]["similarity"], abs=1e-9)
@@ -311,6 +311,7 @@ def test_a_constant_stays_where_it_helps_on_held_out_rows() -> None:
     assert told["constants"] == ["blocks.1.mlp.fc2"]
     assert told["sqnr_db_after"] > told["sqnr_db_before"] + 3
     assert repaired.sqnr_db > plain.sqnr_db + 3
+    assert set(told["refitted"]) <= {"blocks.2.attn.proj"}
     assert torch.equal(repaired.outputs(rebuilt(repaired)), repaired.outputs(repaired.after))
 
 
@@ -318,11 +319,38 @@ def test_a_constant_that_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPat
     model, signature, rows = digits()
     plain = tried(DropLayers(mlp=[1]), model, signature, rows)
     monkeypatch.setattr("compress.algorithms.similarity.Sums.mean", property(lambda self: self.added * 100))
+    monkeypatch.setattr("compress.depth_removal.refit", lambda *args: [])
     trial = tried(DropLayers(mlp=[1], repair=True), model, signature, rows)
     told = trial.context.report["repair"]
     assert told["constants"] == []
     assert told["not_better"] == ["blocks.1.mlp.fc2"]
-    assert told["sqnr_db_after"] == told["sqnr_db_before"]
+    assert told["refitted"] or told["sqnr_db_after"] == told["sqnr_db_before"]
+    assert torch.equal(trial.outputs(trial.after), trial.outputs(plain.after))
+
+
+@pytest.mark.parametrize("options", [{"attention": [1]}, {"mlp": [0, 2]}, {"blocks": [1]}], ids=str)
+def test_the_next_projection_makes_up_for_what_is_gone(options: dict[str, Any]) -> None:
+    model, signature, rows = digits()
+    plain, repaired = (tried(DropLayers(**options, repair=repair), model, signature, rows) for repair in (False, True))
+    told = repaired.context.report["repair"]
+    assert told["refitted"]
+    assert told["sqnr_db_after"] > told["sqnr_db_before"] + 1
+    assert repaired.sqnr_db > plain.sqnr_db + 1
+    assert torch.equal(repaired.outputs(rebuilt(repaired)), repaired.outputs(repaired.after))
+
+
+def test_a_refit_that_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, signature, rows = digits()
+    plain = tried(DropLayers(blocks=[1]), model, signature, rows)
+
+    def spoil(model: nn.Module, call: Any, path: str, *rest: Any) -> Any:
+        module = model.get_submodule(path)
+        module.weight = nn.Parameter(module.weight * -3)  # type: ignore[operator,arg-type]
+        return type("Done", (), {"ridge": 1.0})
+
+    monkeypatch.setattr("compress.depth_refit.repair", spoil)
+    trial = tried(DropLayers(blocks=[1], repair=True), model, signature, rows)
+    assert trial.context.report["repair"]["refitted"] == []
     assert torch.equal(trial.outputs(trial.after), trial.outputs(plain.after))
 
 

@@ -1,0 +1,110 @@
+"""The projection that next adds to the residual stream makes up for what was taken out before it.
+
+Its weights become those with which the stream behind it comes nearest to the float model's, in least squares over the
+calibration rows (``compress.repair``). They stay only where the model's output on held-out rows gets nearer too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from calibrate.signature import Batch
+from compress.anatomy import Anatomy
+from compress.depth import PARTS, Sublayer, find_sublayers
+from compress.depth_repair import Judge
+from compress.passes.contract import evaluating
+from compress.repair import repair
+from compress.residual_stream import watched
+from compress.surgery import Edit
+from compress.whereabouts import Whereabouts
+
+__all__ = ["Original", "refit"]
+
+Call = Callable[[nn.Module, Batch], Tensor]
+
+
+class Original:
+    """The model before the pass, around the same tensors, and its sublayers in the order in which they join the stream."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        from compress.rehearsal import stand_in
+
+        self.model = stand_in(model)
+        found = [one for part in PARTS for one in find_sublayers(self.model, anatomy, anatomy.blocks, part)]
+        self.order = sorted((one for one in found if not one.unfit), key=lambda one: (one.block, PARTS.index(one.part)))
+        self.tied = {site.path for site in anatomy.sites if site.tied} | {site.tied for site in anatomy.sites if site.tied}
+        self.where = Whereabouts.of(self.model, [one.sink for one in found])
+
+    def next_after(self, gone: Sequence[Sublayer], blocks: Sequence[int]) -> list[Sublayer]:
+        """The first sublayer that is left behind each run of those that are gone."""
+        sinks = {one.sink for one in gone}
+        found, missing = [], False
+        for one in self.order:
+            if one.sink in sinks or one.block in blocks:
+                missing = True
+            elif missing:
+                found.append(one)
+                missing = False
+        return [one for one in found if one.constant == one.sink and not one.obstacle and one.sink not in self.tied]
+
+
+def refit(
+    model: nn.Module,
+    call: Call,
+    original: Original,
+    after: Sequence[Sublayer],
+    edits: Sequence[Edit],
+    rows: tuple[Sequence[Batch], Sequence[Batch]],
+    judge: Judge,
+) -> list[str]:
+    """Refits the last projections of the given sublayers, in order; returns the paths, in the float model, of those that stay."""
+    kept = []
+    level = judge.sqnr_db(model)
+    for one in after:
+        path = original.where.after(one.sink, edits)
+        if path is None:
+            continue
+        module = model.get_submodule(path)
+        old = dict(module._parameters)
+        with evaluating(model), evaluating(original.model):
+            done = repair(model, call, path, _behind(model, call, original, one.sink, path), *rows)
+        if done.ridge is None:
+            continue
+        now = judge.sqnr_db(model)
+        if now > level:
+            level = now
+            kept.append(one.sink)
+        else:
+            module._parameters.update(old)
+    return kept
+
+
+def _behind(model: nn.Module, call: Call, original: Original, before: str, now: str) -> Callable[[Batch], Tensor]:
+    """What the projection should give: the float model's stream behind it, less the stream as it is now before it."""
+
+    def wanted(batch: Batch) -> Tensor:
+        stream, added = _join(original.model, call, before, batch)
+        return stream + added - _join(model, call, now, batch)[0]
+
+    return wanted
+
+
+class _Enough(Exception):
+    """The join was heard."""
+
+
+def _join(model: nn.Module, call: Call, sink: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def heard(path: str, stream: Tensor, added: Tensor) -> None:
+        seen.append((stream.clone(), added.clone()))
+        raise _Enough
+
+    try:
+        with watched(model, [sink], heard):
+            call(model, batch)
+    except _Enough:
+        pass
+    return seen[-1]
