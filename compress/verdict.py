@@ -44,7 +44,8 @@ def verdict(rows: list[Row], accept: Accept) -> list[Limit]:
                 limits.append(_limit(row, line, limit, row.label in accept.unvalidated))
         if row.validated in ("none", "proxy") and accept != type(accept)():
             allowed = row.label in accept.unvalidated or row.format in accept.unvalidated
-            says = f"{row.label} was not run in its own runtime ({row.validated}); accept.unvalidated can permit that"
+            permits = "permits" if allowed else "can permit"
+            says = f"{row.label} was not run in its own runtime ({row.validated}); accept.unvalidated {permits} that"
             limits.append(
                 Limit(line="accept.unvalidated", artifact=row.label, limit="run", value=row.validated, met=allowed, says=says)
             )

@@ -237,7 +237,10 @@ def test_a_figure_that_a_limit_needs_and_that_is_missing_is_a_miss() -> None:
 def test_a_file_that_was_not_run_misses_a_contract_that_does_not_permit_it() -> None:
     proxy = row(label="tensorrt", format="tensorrt", validated="proxy")
     assert [limit.line for limit in verdict([proxy], Accept(sqnr_db=5)) if not limit.met] == ["accept.unvalidated"]
-    assert all(limit.met for limit in verdict([proxy], Accept(sqnr_db=5, unvalidated=("tensorrt",))))
+    assert verdict([proxy], Accept(sqnr_db=5))[-1].says.endswith("accept.unvalidated can permit that")
+    permitted = verdict([proxy], Accept(sqnr_db=5, unvalidated=("tensorrt",)))
+    assert all(limit.met for limit in permitted)
+    assert permitted[-1].says.endswith("accept.unvalidated permits that")
     assert verdict([proxy], Accept()) == [], "no contract"
 
 
