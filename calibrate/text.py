@@ -130,6 +130,9 @@ class Delimited(_Lines):
                 hint = "Give positions from 0, or header: true."
                 raise UserError(self.name, f"column {column!r} is named, but the file is read without header", hint)
             elif column not in names:
+                if any(_is_number(name) for name in names):
+                    hint = f"The first line looks like a row ({', '.join(names[:4])}): give header: false and positions from 0."
+                    raise UserError(f"{self.name}:{line}", f"there is no column {column!r}", hint)
                 raise missing_column(f"{self.name}:{line}", column, names)
             else:
                 positions.append(names.index(column))

@@ -88,6 +88,7 @@ def test_tabs_keep_quotes_as_they_are(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("a.csv", "text,lable\nx,1\n", r"a.csv:1: there is no column 'label'\n  Nearest: lable"),
+        ("a.csv", "a film,1\nx,1\n", r"a.csv:1: there is no column 'text'\n  The first line looks like a row .*header: false"),
         ("a.csv", "text,label\nx,1\ny\n", r"a.csv:3: has 1 cells, the first line has 2"),
         ("a.csv", "text,label\nx,y,1\n", r"a.csv:2: has 3 cells"),
         ("a.csv", 'text,label\n"x,1\n', r"a.csv:2: is not valid csv"),
