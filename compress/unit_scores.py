@@ -27,6 +27,7 @@ _POSITIONS = 128
 """Positions of a row that are compared; of longer rows as many are drawn."""
 _GROUPS = 4
 """Groups of a block's neurons that are switched off together to scale the scores."""
+_SEEDS = (1 << 63) - 1
 
 Progress = Callable[[int, int, str], None]
 
@@ -108,7 +109,8 @@ class Distance:
     def probes(self, run: Run, batch: Batch, first: int, draw: int, widths: dict[str, int]) -> tuple[Tensor, Tensor]:
         """Two numbers whose squared change is the distances of the features and of the outputs, in the mean over drawings."""
         rows = run.output.shape[0]
-        generators = [torch.Generator().manual_seed(hash((self.seed, first + row, draw))) for row in range(rows)]
+        seeds = [((self.seed << 24) + first + row << 8) + draw & _SEEDS for row in range(rows)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def signs(*shape: int) -> Tensor:
             drawn = [torch.randint(0, 2, shape, generator=generator) for generator in generators]

@@ -74,12 +74,12 @@ class PruneWidth(Pass):
         if self._ratio == 1:
             self._numbers(anatomy)
             return []
-        kept = {"head": "loses heads", "neuron": "loses neurons"}
+        action = {"head": "may lose heads", "neuron": "may lose neurons"}
         found = []
         for units in self._units(model, anatomy)[0]:
             for path in (*units.rows, units.sink):
                 roles = next((site.roles for site in anatomy.sites if site.path == path), ())
-                found.append(Target(path, ", ".join(roles), kept[units.kind]))
+                found.append(Target(path, ", ".join(roles), action[units.kind]))
         return found
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
