@@ -27,7 +27,8 @@ _POSITIONS = 128
 """Positions of a row that are compared; of longer rows as many are drawn."""
 _GROUPS = 4
 """Groups of a block's neurons that are switched off together to scale the scores."""
-_SEEDS = (1 << 63) - 1
+_APART, _SEEDS = 2_654_435_761, (1 << 32) - 1
+"""Between the seeds of two runs; and torch's generator on the CPU looks at 32 bits of a seed."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -109,7 +110,7 @@ class Distance:
     def probes(self, run: Run, batch: Batch, first: int, draw: int, widths: dict[str, int]) -> tuple[Tensor, Tensor]:
         """Two numbers whose squared change is the distances of the features and of the outputs, in the mean over drawings."""
         rows = run.output.shape[0]
-        seeds = [((self.seed << 24) + first + row << 8) + draw & _SEEDS for row in range(rows)]
+        seeds = [self.seed * _APART + (first + row << 8) + draw & _SEEDS for row in range(rows)]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def signs(*shape: int) -> Tensor:
