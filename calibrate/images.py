@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from calibrate.data import Encoder, Item, Table
-from calibrate.errors import MissingRuntime, UserError
+from calibrate.errors import UserError
 from calibrate.signature import Batch
 
 __all__ = ["ImageEncoder", "ImageFolder"]
@@ -124,7 +124,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise MissingRuntime("data", "Pillow is not installed", "pip install 'transformer-compress[hf]'") from None
+        raise UserError("data", "Pillow is not installed", "pip install 'transformer-compress[hf]'") from None
     return Image
 
 

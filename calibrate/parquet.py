@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrate.data import Item, Table
-from calibrate.errors import MissingRuntime, UserError
+from calibrate.errors import UserError
 from calibrate.text import Column, missing_column
 
 __all__ = ["Parquet"]
@@ -31,7 +31,7 @@ class Parquet(Table):
         """Reads the footer and the label column.
 
         Raises:
-            UserError: not parquet, no such column, no rows; ``MissingRuntime`` without pyarrow.
+            UserError: not parquet, no such column, no rows; pyarrow is not installed.
         """
         self.path, self.name = path, name
         self._file = _open(path, name)
@@ -101,7 +101,7 @@ def _open(path: Path, name: str) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise MissingRuntime("data", "pyarrow is not installed", "pip install 'transformer-compress[hf]'") from None
+        raise UserError("data", "pyarrow is not installed", "pip install 'transformer-compress[hf]'") from None
     try:
         return parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:

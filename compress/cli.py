@@ -394,9 +394,9 @@ def _show(report: Report) -> None:
         print(f"validated on {told}; {times}")
     elif rows := report.data.get("evaluation"):
         print(f"{rows.get('rows', '-')} rows of {rows.get('path', '-')} ({rows.get('chosen', '-')}); {times}")
-    for step in report.steps:
+    for number, step in enumerate(report.steps, 1):
         if step.worth:
-            print(f"{step.name}: {step.says}")
+            print(f"pass {number}, {step.name}: {step.says}")
         for said in (*step.report.get("ties", []), *(f"{p}: {why}" for p, why in step.report.get("skipped", {}).items())):
             print(f"{step.name}: {said}")
     for warning in report.warnings:

@@ -119,6 +119,8 @@ class Worth(_Record):
     drop: Figure | None = Field(None, description="metric lost by this pass on the same rows (paired); positive is worse")
     agreement: Figure | None = Field(None, description="share of rows predicted as the file before the pass predicted them")
     sqnr_db: float | None = Field(None, description="against the file before the pass, dB; null when equal or not measured")
+    sqnr_before_db: float | None = Field(None, description="against the float model, before the pass, dB; null when equal")
+    sqnr_after_db: float | None = Field(None, description="against the float model, after the pass, dB; null when equal")
     size_bytes: int | None = None
     size_ratio: float | None = Field(None, description="size over that of the file before the pass")
     latency_ratio: float | None = Field(

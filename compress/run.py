@@ -32,7 +32,7 @@ from compress.progress import Progress
 from compress.rehearsal import rehearse
 from compress.report import BlockFidelity, Report, Row, StepRecord
 from compress.role_bytes import Roles
-from compress.run_folder import locked, own, prepare, writable
+from compress.run_folder import locked, outdated, own, prepare, writable
 from compress.saved import save
 from compress.sources import Source
 from compress.steps import passes, stands
@@ -155,6 +155,8 @@ def _begun(recipe: Recipe, out: Path, trust: bool, evaluate: bool, fresh: bool, 
         check_exporters(recipe, Traceable(source.model, source.signature, data.example, source.name))
     journal = Journal(out, recipe.seed, progress)
     if not journal.begin(recipe.name, identity(recipe, source, data, out, evaluate=evaluate), fresh=fresh):
+        if outdated(out, recipe):
+            progress.note(f"replaces the finished run of another version of {recipe.name}")
         prepare(out, recipe)
         journal.start()
     loaded = [source.model]

@@ -19,7 +19,7 @@ from export.disk import FULL
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-__all__ = ["LOCK", "locked", "own", "prepare", "writable"]
+__all__ = ["LOCK", "locked", "outdated", "own", "prepare", "writable"]
 
 LOCK = ".lock"
 
@@ -58,6 +58,12 @@ def own(out: Path, name: str, *, fresh: bool = False) -> None:
         if found != name and not fresh:
             hint = "Name another folder with --out, or give --fresh to remove that run."
             raise UserError(str(out), f"holds a run of the recipe {found}, this is {name}", hint)
+
+
+def outdated(out: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a finished run of the same name whose recipe read otherwise."""
+    report, text = out / "report.json", out / "recipe.yaml"
+    return report.is_file() and text.is_file() and text.read_text(errors="replace") != recipe.text
 
 
 def prepare(out: Path, recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from calibrate.errors import MissingRuntime, UserError
+from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature, TensorSpec
 from compress.layers.attention import split_attention
 
@@ -110,7 +110,7 @@ def load_model(
         seed: of the weights where none are given (``timm:`` without checkpoint).
 
     Raises:
-        UserError: no such source, or it cannot be read; ``MissingRuntime`` where its library is absent.
+        UserError: no such source, or it cannot be read.
     """
     loaded = _load(source, base=base, trust=trust, task=task, checkpoint=checkpoint, seed=seed)
     if count := split_attention(loaded.model):
@@ -196,7 +196,7 @@ def need(module: str, extra: str) -> Any:
     """Imports an optional library.
 
     Raises:
-        MissingRuntime: it is not installed; names the extra that installs it.
+        UserError: it is not installed; names the extra that installs it.
     """
     if module in ("transformers", "timm"):
         settle_torchvision()
@@ -206,7 +206,7 @@ def need(module: str, extra: str) -> Any:
         if error.name is not None and error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         hint = f"pip install 'transformer-compress[{extra}]'"
-        raise MissingRuntime("model", f"{module} is not installed", hint) from None
+        raise UserError("model", f"{module} is not installed", hint) from None
 
 
 def settle_torchvision() -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibrate.errors import MissingRuntime, UserError
+from calibrate.errors import UserError
 from calibrate.signature import Signature, TensorSpec
 from compress.sources import (
     Source,
@@ -80,7 +80,7 @@ def _timm() -> Any:
             raise
         hint = "Install the torchvision that was built for this torch, from the same index as torch."
         what = f"timm needs torchvision, which cannot be imported here: {reason}"
-        raise MissingRuntime("model", what, hint) from None
+        raise UserError("model", what, hint) from None
 
 
 def _made(timm: Any, name: str, classes: int | None, seed: int) -> nn.Module:

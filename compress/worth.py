@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ _LEAST = 0.01
 """Least gain that counts: one per cent of a file's size or of a runtime's time."""
 _RUNS = 10
 """Fewest timed runs that can show a gain: of fewer, by chance alone, all may favour one file."""
+_ROUNDING_DB = 60.0
+"""Outputs nearer to float than this differ by rounding."""
 _POINTS = ("accuracy", "top5", "f1")
 
 
@@ -83,6 +86,8 @@ def _worth(
         drop=drop,
         agreement=agreement(compared),
         sqnr_db=decibels(compared),
+        sqnr_before_db=decibels(before.fidelity.get("float")) if before is not None else None,
+        sqnr_after_db=decibels(after.fidelity.get("float")) if after is not None else None,
         size_bytes=row.size_bytes,
         size_ratio=row.size_bytes / size if row.size_bytes is not None and size else None,
         latency_ratio=slowest.ratio if slowest else None,
@@ -99,7 +104,8 @@ def paid(worth: Sequence[Worth]) -> bool | None:
     - It *brings speed* when in some runtime the 95 % interval of the ratio of times lies wholly below 1 and the ratio is at
       most 0.99, at the batch size that gained least, from at least ten timed runs: noise alone does not pay.
     - It *costs* when in some runtime the metric is lower than before on the same rows (the paired estimate itself, not its
-      interval: a loss need not be proved to count). Without a metric: when a prediction or an output differs at all.
+      interval: a loss need not be proved to count), or when the metric stays and the outputs are further from float, by at
+      least 1 dB and to less than 60 dB. Without a metric: when a prediction or an output differs at all.
 
     None where no runtime could run a file both before and after, and no file shrank: then there is nothing to judge by.
     """
@@ -142,8 +148,10 @@ def _conclusion(worth: Sequence[Worth], verdict: bool | None, undone: bool) -> s
 
 
 def _cost(worth: Sequence[Worth]) -> str:
-    worse = next((one.drop.name.removesuffix(" lost") for one in worth if one.drop is not None), None)
-    return f"makes {worse} worse" if worse else "changes outputs"
+    worse = next((one.drop.name.removesuffix(" lost") for one in worth if one.drop is not None and one.drop.value > 0), None)
+    if worse:
+        return f"makes {worse} worse"
+    return "moves outputs away from float" if any(one.drop is not None for one in worth) else "changes outputs"
 
 
 def _faster(one: Worth) -> bool:
@@ -154,8 +162,14 @@ def _faster(one: Worth) -> bool:
 
 def _loses(one: Worth) -> bool:
     if one.drop is not None:
-        return one.drop.value > 0
+        return one.drop.value > 0 or (one.drop.value == 0 and _further(one))
     return one.sqnr_db is not None or (one.agreement is not None and one.agreement.value < 1)
+
+
+def _further(one: Worth) -> bool:
+    """Whether the outputs moved away from the float model's, beyond rounding."""
+    before = one.sqnr_before_db if one.sqnr_before_db is not None else math.inf
+    return one.sqnr_after_db is not None and one.sqnr_after_db < _ROUNDING_DB and one.sqnr_after_db <= before - 1
 
 
 def _figures(one: Worth) -> list[str]:
@@ -165,7 +179,7 @@ def _figures(one: Worth) -> list[str]:
     if one.latency_ratio is not None:
         said.append(_time(one))
     if one.drop is not None:
-        said.append(_lost(one.drop))
+        said.append(_lost(one.drop) + (f" at {one.sqnr_after_db:.1f} dB" if _further(one) else ""))
         return said
     if one.agreement is not None:
         said.append(f"{one.agreement.value:.1%} of the predictions kept")
@@ -189,11 +203,12 @@ def _lost(drop: Figure) -> str:
     if drop.value == 0:
         return f"{name} kept"
     way, size = ("lost" if drop.value > 0 else "gained"), abs(drop.value)
+    noise = " (within noise)" if drop.low is not None and drop.high is not None and drop.low <= 0 <= drop.high else ""
     if name in _POINTS:
-        return f"{_short(100 * size)} points of {name} {way}"
+        return f"{_short(100 * size)} points of {name} {way}{noise}"
     if name == "perplexity":
-        return f"perplexity {_short(100 * size)} % {'higher' if drop.value > 0 else 'lower'}"
-    return f"{_short(size)} of {name} {way}"
+        return f"perplexity {_short(100 * size)} % {'higher' if drop.value > 0 else 'lower'}{noise}"
+    return f"{_short(size)} of {name} {way}{noise}"
 
 
 def _short(number: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["FULL", "renamed", "space"]
+__all__ = ["FULL", "readable", "renamed", "space"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """System errors of a disk, or a share of one, that takes no more."""
@@ -44,8 +44,18 @@ def renamed(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.part")
     try:
         yield unfinished
+        readable(unfinished)
         os.replace(unfinished, path)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink()
         raise
+
+
+def readable(path: Path) -> None:
+    """Gives a file, or a folder and all in it, the permissions that new ones get here: some writers keep theirs to the user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for one in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if one.exists():
+            one.chmod((0o777 if one.is_dir() else 0o666) & ~mask)

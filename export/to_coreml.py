@@ -25,7 +25,7 @@ from export.contract import Artifact, Contents, Exporter, Forecast, Runner, Vali
 from export.coreml_contents import CODES, PARAMETERS, infinite, read_contents
 from export.coreml_ops import Carrier, conversion, decomposed, finite
 from export.coreml_weights import Target, refusal
-from export.disk import space
+from export.disk import readable, space
 from export.graph import Traceable, weight_only
 from export.mil_package import MODEL, Package, coremltools, package_files, quiet
 
@@ -122,6 +122,7 @@ class CoreMLExporter(Exporter):
             kinds = sorted({op.kind for op in opened.ops} - {"const"})
             if path.exists():
                 shutil.rmtree(path)
+            readable(package)
             package.rename(path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

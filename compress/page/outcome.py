@@ -158,7 +158,8 @@ def _agrees(row: Row) -> tuple[str, str]:
 def _untimed(row: Row) -> tuple[str, str]:
     if row.validated == "none":
         return "", f"not run: {row.note}" if row.note else "not run"
-    return "", "" if row.latency else "time not measured"
+    where = {"proxy": ", as the file itself was not run (proxy)", "interpreter": ", as an interpreter ran the file"}
+    return "", "" if row.latency else f"time not measured{where.get(row.validated, '')}"
 
 
 def table(report: Report, rows: list[Row] | None = None, limits: list[Limit] | None = None) -> Table:

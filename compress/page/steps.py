@@ -9,6 +9,7 @@ from typing import Any
 from compress.page import wording
 from compress.page.outcome import Table, marks, table
 from compress.report import Report, StepRecord, Worth
+from compress.worth import brings, costs
 
 __all__ = ["Brought", "Sites", "StepShown", "steps"]
 
@@ -68,7 +69,7 @@ def _step(report: Report, number: int, step: StepRecord, numbers: dict[str, int]
         number=number,
         name=step.name,
         says=step.says,
-        state="taken back" if step.undone else {True: "paid", False: "did not pay", None: ""}[step.paid],
+        state=_state(step),
         asked=asked,
         unset=tuple(name for name, value in step.options.items() if value in (None, [], {})),
         facts=_facts(step),
@@ -79,6 +80,19 @@ def _step(report: Report, number: int, step: StepRecord, numbers: dict[str, int]
         ties=tuple(map(str, ties)) if isinstance(ties, list) else (),
         other=tuple((name, wording.plain(value)) for name, value in step.report.items() if name not in _KNOWN),
     )
+
+
+def _state(step: StepRecord) -> str:
+    """What a pass was worth, in two words."""
+    if step.undone:
+        return "taken back"
+    if step.paid is None:
+        return ""
+    if not step.paid:
+        return "did not pay"
+    if not brings(step.worth):
+        return "neutral"
+    return "paid, at a cost" if costs(step.worth) else "paid"
 
 
 def _facts(step: StepRecord) -> tuple[tuple[str, str, str], ...]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibrate.errors import MissingRuntime, UserError
+from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from compress.sources import load_model, rebuild_model, settle_torchvision
 
@@ -229,7 +229,7 @@ def test_preprocessing_comes_from_the_folder_or_from_the_class(tmp_path: Path) -
     assert "ViTImageProcessor" in source.preprocessing["from"]
     with pytest.MonkeyPatch.context() as without:
         without.setitem(sys.modules, "PIL", None)
-        with pytest.raises(MissingRuntime, match="PIL is not installed"):
+        with pytest.raises(UserError, match="PIL is not installed"):
             load_model("hf:vit", base=tmp_path)
     said = {"size": {"shortest_edge": 20}, "crop_size": 16, "do_center_crop": True, "image_mean": [0.1, 0.2, 0.3], "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(said))

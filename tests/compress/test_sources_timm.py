@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calibrate.errors import MissingRuntime, UserError
+from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from compress import sources, timm_models
 from compress.sources import load_model, rebuild_model
@@ -79,5 +79,5 @@ def test_a_torchvision_that_does_not_fit_is_explained(monkeypatch: pytest.Monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(sources, "_hidden", {"torchvision": "operator torchvision::nms does not exist"})
-    with pytest.raises(MissingRuntime, match="timm needs torchvision, which cannot be imported here: operator"):
+    with pytest.raises(UserError, match="timm needs torchvision, which cannot be imported here: operator"):
         load_model(f"timm:{NAME}", base=tmp_path)

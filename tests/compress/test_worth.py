@@ -16,7 +16,7 @@ from compress.worth import brings, costs, paid, says
 
 def worth(label: str = "onnx", lost: float | None = 0.0, metric: str = "accuracy", **figures: Any) -> Worth:
     """A file that was run before and after, equal in size and without a time."""
-    drop = None if lost is None else Figure(name=f"{metric} lost", value=lost, low=lost - 0.01, high=lost + 0.01, rows=100)
+    drop = None if lost is None else Figure(name=f"{metric} lost", value=lost, low=lost - 1e-4, high=lost + 1e-4, rows=100)
     return Worth(**{"label": label, "drop": drop, "compared": True, "size_ratio": 1.0, "size_bytes": 1000, **figures})
 
 
@@ -46,6 +46,12 @@ def share(value: float) -> Figure:
         ({"lost": 0.001, **time(1.4, 1.3, 1.5)}, [], False),
         ({"lost": 0.0, **time(1.4, 1.3, 1.5)}, [], True),  # slower, but the metric is kept
         ({"lost": 0.01, "size_ratio": 0.4, **time(0.4, 0.3, 0.5)}, ["size", "speed"], True),
+        ({"lost": 0.0, "sqnr_before_db": 40.9, "sqnr_after_db": 15.3}, [], False),  # as many rows right, and further from float
+        ({"lost": 0.0, "sqnr_after_db": 15.3}, [], False),  # it was equal to float before
+        ({"lost": 0.0, "sqnr_before_db": 15.3, "sqnr_after_db": 40.9}, [], True),
+        ({"lost": 0.0, "sqnr_before_db": 120.0, "sqnr_after_db": 90.0}, [], True),  # rounding
+        ({"lost": -0.01, "sqnr_before_db": 40.0, "sqnr_after_db": 20.0}, [], True),  # gained what the metric counts
+        ({"lost": 0.0, "sqnr_before_db": 40.9, "sqnr_after_db": 15.3, "size_ratio": 0.5}, ["size"], True),
     ],
 )
 def test_the_rule(figures: dict[str, Any], brought: list[str], verdict: bool) -> None:
@@ -105,6 +111,11 @@ def test_what_no_runtime_ran_is_not_judged_unless_it_shrank() -> None:
             "onnx: 0.20x the size, 0.01 of spearman lost. It brings size.",
         ),
         (
+            {"lost": 0.0, "sqnr_before_db": 40.9, "sqnr_after_db": 15.34},
+            "onnx: the same size, accuracy kept at 15.3 dB. "
+            "It moves outputs away from float and brings neither size nor speed: taken back.",
+        ),
+        (
             {"lost": None, "agreement": share(0.987), "sqnr_db": 26.82},
             "onnx: the same size, 98.7% of the predictions kept, 26.8 dB. "
             "It changes outputs and brings neither size nor speed: taken back.",
@@ -121,6 +132,11 @@ def test_what_it_says(figures: dict[str, Any], sentence: str) -> None:
     one = worth(**figures)
     verdict = paid([one])
     assert says([one], verdict, undone=verdict is False) == sentence
+
+
+def test_a_figure_whose_interval_holds_zero_is_called_noise() -> None:
+    wide = Figure(name="accuracy lost", value=-0.031, low=-0.089, high=0.029, rows=64)
+    assert "3.1 points of accuracy gained (within noise)" in says([worth(drop=wide)], True, undone=False)
 
 
 def test_what_is_not_taken_back_does_not_pay() -> None:
