@@ -273,7 +273,13 @@ def in_terminal(kind: str, **environment: str) -> bytes:
     ours, theirs = pty.openpty()
     known = {**os.environ, "TERM": kind, "COLUMNS": "80", **environment}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdin=theirs, stdout=theirs, stderr=theirs, env=known, start_new_session=True
+        [sys.executable, "-c", PROGRAM],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=known,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background ignore it
     )
     os.close(theirs)
     output, interrupted = b"", False
