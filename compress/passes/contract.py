@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
+from calibrate.latency import Timing
 from calibrate.signature import Batch, Signature
 from compress.surgery import Edit, Surgery
 
 if TYPE_CHECKING:
     from compress.anatomy import Anatomy
 
-__all__ = ["Context", "Pass", "Target", "blank", "evaluating", "unknown"]
+__all__ = ["Context", "Latency", "Pass", "Target", "blank", "evaluating", "unknown"]
 
 _SMALL = 1 << 16
 """Numbers in a tensor that ``blank`` fills."""
@@ -35,13 +36,26 @@ class Target:
     action: str
 
 
+class Latency(Protocol):
+    """Times models as the files that a recipe would write of them, in the file's runtime on this machine."""
+
+    def __call__(self, models: Iterable[nn.Module]) -> list[Timing]:
+        """One timing a model, in interleaved runs; ratios are to the first. The models are taken one at a time."""
+        ...
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What the times hold for, in JSON: runtime, batch, threads, processor."""
+        ...
+
+
 @dataclass
 class Context:
     """What a pass may use: the anatomy of the model as it is now, calibration batches, the seed, and the surgery.
 
     ``calibration`` makes a fresh iterator over the same calibration batches each time it is called, ``rows`` in all (0: not
-    known). ``report`` collects what the pass wants to say in the run's report (JSON values). ``progress`` is told (done,
-    total, what).
+    known). ``report`` collects what the pass wants to say in the run's report (JSON values; ``warnings`` is a list of
+    sentences). ``progress`` is told (done, total, what). ``latency`` is there where a file of the recipe can be timed.
     """
 
     signature: Signature
@@ -52,6 +66,7 @@ class Context:
     seed: int = 0
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     report: dict[str, Any] = field(default_factory=dict)
+    latency: Latency | None = None
 
     def call(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The model's output for one batch."""
@@ -109,6 +124,16 @@ class Pass(BaseModel, ABC):
     def calibrates(self) -> bool:
         """Whether these options make the pass read calibration rows."""
         return self.needs_calibration
+
+    @property
+    def timed(self) -> str:
+        """The option that makes the pass measure times, and what to write instead where none can be measured; or nothing."""
+        return ""
+
+    @property
+    def assumes(self) -> str:
+        """What a rehearsal takes for granted because only the run can tell; or nothing."""
+        return ""
 
     @abstractmethod
     def run(self, model: nn.Module, context: Context) -> nn.Module:
