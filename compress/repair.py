@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from calibrate.capture import counted
 from calibrate.signature import Batch
 from compress.algorithms.least_squares import Moments, solve
+from compress.layers import Absent
+from compress.layers.conversion import is_conv1d
 
 __all__ = ["Repaired", "Wanted", "held_out", "outputs_at", "repair"]
 
@@ -121,8 +123,8 @@ def _noting(seen: list[Tensor]) -> Any:
 
 
 def _obstacle(module: nn.Module) -> str:
-    if type(module).__name__ == "Absent":
-        return "" if getattr(module, "bias", None) is not None else "nothing is left of it, and it has no bias"
+    if isinstance(module, Absent):
+        return "" if module.bias is not None else "nothing is left of it, and it has no bias"
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter):
         return "its weight is quantized"
@@ -138,7 +140,7 @@ def _weights(module: nn.Module) -> tuple[Tensor, bool]:
     weight = getattr(module, "weight", None)
     if weight is None:
         matrix = torch.zeros(0, len(bias), dtype=torch.float64)  # type: ignore[arg-type]
-    elif type(module).__name__ == "Conv1D":
+    elif is_conv1d(module):
         matrix = weight.detach().double().cpu()
     else:
         matrix = weight.detach().double().cpu().flatten(1).T
@@ -154,7 +156,7 @@ def _store(module: nn.Module, weights: Tensor, offset: bool) -> None:
         weights = weights[:-1]
     if getattr(module, "weight", None) is not None:
         weight = module.get_parameter("weight")
-        matrix = weights if type(module).__name__ == "Conv1D" else weights.T.reshape(weight.shape)
+        matrix = weights if is_conv1d(module) else weights.T.reshape(weight.shape)
         module.register_parameter("weight", _like(weight, matrix))
 
 

@@ -18,6 +18,7 @@ from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch, Signature
 from compress.layers import Absent
+from compress.layers.conversion import is_conv1d, outputs_of
 from compress.surgery import Surgery
 from compress.units import Units, masked
 
@@ -95,7 +96,7 @@ def _narrow(model: nn.Module, surgery: Surgery, units: Units, kept: list[int]) -
 def _remove(model: nn.Module, surgery: Surgery, units: Units) -> None:
     sink = model.get_submodule(units.sink)
     bias = getattr(sink, "bias", None)
-    outputs = _outputs(sink)
+    outputs = outputs_of(sink)
     if isinstance(sink, nn.Conv2d):
         raise UserError(units.sink, "a convolutional MLP cannot lose all of its neurons", "Keep at least one.")
     nothing = Absent(outputs, bias=bias is not None)
@@ -104,20 +105,15 @@ def _remove(model: nn.Module, surgery: Surgery, units: Units) -> None:
     surgery.replace(model, units.sink, nothing)
     for path in units.rows:
         module = model.get_submodule(path)
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            surgery.replace(model, path, Absent(_outputs(module)))
-
-
-def _outputs(module: nn.Module) -> int:
-    weight = module.get_parameter("weight")
-    return int(weight.shape[1 if type(module).__name__ == "Conv1D" else 0])
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            surgery.replace(model, path, Absent(outputs_of(module)))
 
 
 def _narrow_outputs(model: nn.Module, surgery: Surgery, path: str, rows: Tensor, kept: list[int]) -> None:
     """Keeps the rows of the kept units, and those that no unit owns, in their old order."""
     module = model.get_submodule(path)
     norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
-    count = int(module.get_parameter("weight").shape[0]) if norm else _outputs(module)
+    count = int(module.get_parameter("weight").shape[0]) if norm else outputs_of(module)
     owned = set(rows.flatten().tolist())
     staying = set(rows[kept].flatten().tolist())
     order = [row for row in range(count) if row in staying or row not in owned]
@@ -130,17 +126,16 @@ def _narrow_outputs(model: nn.Module, surgery: Surgery, path: str, rows: Tensor,
 
 
 def _output_axes(module: nn.Module, count: int) -> Iterator[tuple[str, int]]:
-    conv1d = type(module).__name__ == "Conv1D"
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, tensor in tensors:
-        if conv1d and name == "weight":
+        if is_conv1d(module) and name == "weight":
             yield name, 1
         elif tensor.ndim and tensor.shape[0] == count:
             yield name, 0
 
 
 def _narrow_inputs(model: nn.Module, surgery: Surgery, path: str, module: nn.Module, columns: list[int]) -> None:
-    surgery.narrow(model, path, "weight", 0 if type(module).__name__ == "Conv1D" else 1, columns)
+    surgery.narrow(model, path, "weight", 0 if is_conv1d(module) else 1, columns)
     _set_known(model, surgery, path, {"in_features": len(columns), "nx": len(columns), "in_channels": len(columns)})
 
 

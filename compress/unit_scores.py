@@ -8,7 +8,6 @@ what some of its units, switched off for real, do.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from calibrate.signature import Batch
 from compress.algorithms import trajectory
+from compress.layers.conversion import is_conv1d, outputs_of
 from compress.restart import Restart, Run
 from compress.units import Units, masked
 
@@ -35,14 +35,16 @@ Progress = Callable[[int, int, str], None]
 
 def magnitudes(model: nn.Module, units: Units) -> Tensor:
     """Squared weights that read a unit times the mean squared weights that make it, [units]: a score without data."""
-    sink = model.get_submodule(units.sink).get_parameter("weight").detach()
-    columns = sink.square().flatten(2).sum(2) if sink.dim() > 2 else sink.square()
-    read = (columns.sum(1) if _reads_rows(model, units.sink) else columns.sum(0))[units.columns].sum(1)
+    sink = model.get_submodule(units.sink)
+    weight = sink.get_parameter("weight").detach()
+    columns = weight.square().flatten(2).sum(2) if weight.dim() > 2 else weight.square()
+    read = (columns.sum(1) if is_conv1d(sink) else columns.sum(0))[units.columns].sum(1)
     made = torch.zeros_like(read)
     for path, rows in units.rows.items():
-        weight = model.get_submodule(path).get_parameter("weight").detach()
+        module = model.get_submodule(path)
+        weight = module.get_parameter("weight").detach()
         if weight.dim() > 1:
-            matrix = weight.T if _reads_rows(model, path) else weight.flatten(1)
+            matrix = weight.T if is_conv1d(module) else weight.flatten(1)
             made += matrix.square().sum(1)[rows].sum(1)
     return (read * made).double()
 
@@ -194,14 +196,6 @@ def _scale(
                 total[term] *= (exact[term][usable] / guessed[term][usable]).log().mean().exp()
 
 
-def _quantiles(scores: Tensor) -> list[list[int]]:
-    """The lower half of the units, in groups of near scores: those that may go."""
-    order = scores.argsort(stable=True).tolist()
-    count = min(_GROUPS, len(order))
-    ends = [at * len(order) // (2 * count) for at in range(count + 1)]
-    return [order[start:end] or order[:1] for start, end in itertools.pairwise(ends)]
-
-
 def _joined(totals: list[Tensor], weight: float) -> list[Tensor]:
     """Both distances in one number: each in its mean over all units, so that neither is lost in the other."""
     every = torch.cat(totals, 1).clamp(min=0)
@@ -288,14 +282,8 @@ def _widths(model: nn.Module, units: Sequence[Units], paths: Sequence[str]) -> d
     """Channels of each block's output, as far as its units tell."""
     found = {}
     for one in units:
-        weight = model.get_submodule(one.sink).get_parameter("weight")
-        found[paths[one.block]] = int(weight.shape[1 if _reads_rows(model, one.sink) else 0])
+        found[paths[one.block]] = outputs_of(model.get_submodule(one.sink))
     return found
-
-
-def _reads_rows(model: nn.Module, path: str) -> bool:
-    """Whether a weight is [I, O], as GPT-2's are."""
-    return type(model.get_submodule(path)).__name__ == "Conv1D"
 
 
 def _valid(output: Tensor, batch: Batch) -> Tensor | None:

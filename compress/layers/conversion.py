@@ -14,9 +14,19 @@ from torch.nn import functional as F
 from calibrate.grid import Grid
 from compress.layers.quantized import QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
 
-__all__ = ["QuantizedLayer", "matrix_shape", "obstacle", "quantized_layer", "weight_of"]
+__all__ = ["QuantizedLayer", "is_conv1d", "matrix_shape", "obstacle", "outputs_of", "quantized_layer", "weight_of"]
 
 QuantizedLayer = QuantLinear | QuantConv2d | QuantEmbedding
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's ``Conv1D``: a linear layer whose weight is [I, O]. Known by name, as its library is optional."""
+    return type(module).__name__ == "Conv1D"
+
+
+def outputs_of(module: nn.Module) -> int:
+    """Outputs of a float projection: linear layer, ``Conv1D`` or convolution."""
+    return int(module.get_parameter("weight").shape[1 if is_conv1d(module) else 0])
 
 
 def weight_of(module: nn.Module, kind: str) -> Tensor:

@@ -16,6 +16,7 @@ from calibrate.fidelity import Fidelity
 from calibrate.inventory import inventory
 from calibrate.signature import Batch, Signature
 from compress.anatomy import Anatomy, find
+from compress.layers.conversion import outputs_of
 from compress.passes.contract import Context, Pass, Target
 from compress.rehearsal import stand_in
 from compress.repair import Repaired, held_out, outputs_at, repair
@@ -265,16 +266,12 @@ def _bytes(model: nn.Module, units: Units) -> float:
     total = 0.0
     for path, rows in units.rows.items():
         module = model.get_submodule(path)
-        outputs = _outputs(module)
+        outputs = outputs_of(module)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if outputs in tensor.shape:
                 total += tensor.nbytes * rows.shape[1] / outputs
     sink = model.get_submodule(units.sink).get_parameter("weight")
     return total + sink.nbytes / count
-
-
-def _outputs(module: nn.Module) -> int:
-    return int(module.get_parameter("weight").shape[1 if type(module).__name__ == "Conv1D" else 0])
 
 
 def _first(batches: Iterable[Batch], rows: int) -> list[Batch]:
