@@ -104,3 +104,42 @@ def test_too_small_tells_the_least() -> None:
         choose([one], 10, 11)
     assert caught.value.least == 12
     assert choose([one], 10, 12) == [[0, 1, 2]]
+
+
+def test_what_saves_more_when_more_goes_is_taken_as_one() -> None:
+    """Three units whose last one frees nearly all the time, beside a group of linear cost that is dearer per cost."""
+    fixed = Group(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64), [0.0, 8.0, 9.0, 10.0])
+    plain = group([1.0] * 10, 1)
+    assert choose([fixed, plain], 0, 10) == [[0, 1, 2], []]
+    assert choose([fixed, plain], 0, 19) == [[], [0]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_curves_of_cost_are_held_and_near_the_best_set(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for _ in range(2):
+        curve = torch.rand(6, generator=generator, dtype=torch.float64).cumsum(0)
+        groups.append(Group(torch.rand(5, generator=generator, dtype=torch.float64), (curve - curve[0]).tolist()))
+    total = sum(one.costs(5) for one in groups)
+
+    def needs(counts: tuple[int, ...]) -> float:
+        return sum(one.costs(5 - count) for one, count in zip(groups, counts, strict=True))
+
+    for budget in (0.75 * total, 0.5 * total, 0.25 * total):
+        gone = choose(groups, 0, budget)
+        loss = sum(float(one.scores[numbers].sum()) for one, numbers in zip(groups, gone, strict=True))
+        assert needs(tuple(map(len, gone))) <= budget * (1 + 1e-8)
+        losses = {
+            counts: sum(float(one.scores[one.ranked[:count]].sum()) for one, count in zip(groups, counts, strict=True))
+            for counts in itertools.product(range(6), repeat=2)
+            if needs(counts) <= budget
+        }
+        assert min(losses.values()) <= loss + 1e-12
+        edge = max(float(one.scores.sum()) for one in groups)
+        assert loss <= min(losses.values()) + edge
+
+
+def test_units_that_save_nothing_stay() -> None:
+    idle, busy = Group(torch.zeros(3, dtype=torch.float64), [1.0] * 4), group([5.0, 6.0], 1)
+    assert choose([idle, busy], 0, 2) == [[], [0]]
