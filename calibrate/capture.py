@@ -17,9 +17,16 @@ from calibrate.errors import UserError
 from calibrate.ranges import Observer
 from calibrate.signature import Batch
 
-__all__ = ["Captured", "capture", "counted", "measuring", "shared_inputs", "split"]
+__all__ = ["Captured", "Enough", "capture", "counted", "given", "measuring", "received", "shared_inputs", "split"]
 
 Call = Callable[[nn.Module, Batch], Any]
+
+
+class Enough(Exception):
+    """Raised in a hook once everything that was asked has run: whoever called the model suppresses it.
+
+    The rest of the model then never runs, which takes most of the time where the module asked is an early one.
+    """
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def capture(
         with _hooks(model, sweep.requests, sweep.observe):
             for number, batch in enumerate(itertools.chain([first], pieces)):
                 sweep.start(number, batch)
-                with suppress(_Enough):
+                with suppress(Enough):
                     call(model, batch)
                 progress(sweep.rows)
     shared = {path: leader for path, leader in leaders.items() if path != leader}
@@ -130,6 +137,44 @@ def split(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
             yield {name: tensor[start : start + (size or rows)] for name, tensor in batch.items()}
 
 
+def received(model: nn.Module, call: Call, path: str, batch: Batch) -> Tensor:
+    """The first tensor that the module at ``path`` receives when it is first called; the model stops there.
+
+    Raises:
+        LookupError: the module never runs.
+    """
+    seen: list[Tensor] = []
+
+    def note(path: str, module: nn.Module, x: Tensor) -> None:
+        seen.append(x.detach())
+        raise Enough
+
+    with _hooks(model, [path], note), suppress(Enough):
+        call(model, batch)
+    return seen[0]
+
+
+def given(model: nn.Module, call: Call, path: str, batch: Batch) -> Tensor:
+    """The tensor that the module at ``path`` gives when it is first called; the model stops there.
+
+    Raises:
+        LookupError: the module never runs.
+    """
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        seen.append(output.detach())
+        raise Enough
+
+    handle = model.get_submodule(path).register_forward_hook(hook)
+    try:
+        with suppress(Enough):
+            call(model, batch)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 def counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """Which positions of ``x`` count: booleans over its leading dimensions; None where the mask does not fit: all do.
 
@@ -144,10 +189,6 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor | None:
     if x.dim() == 2 and mask.shape[1] > 1 and x.shape[0] == mask.numel():
         return mask.reshape(-1) != 0
     return None
-
-
-class _Enough(Exception):
-    """The last requested site of a batch has its input."""
 
 
 @dataclass
@@ -175,7 +216,7 @@ class _Sweep:
         self._take(path, module, x)
         self.seen += 1
         if self.seen == self.last:
-            raise _Enough
+            raise Enough
 
     def _take(self, path: str, module: nn.Module, x: Tensor) -> None:
         self.ran.add(path)

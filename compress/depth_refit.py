@@ -7,9 +7,11 @@ calibration rows (``compress.repair``). They stay only where the model's output 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from torch import Tensor, nn
 
+from calibrate.capture import Enough
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy
 from compress.depth import PARTS, Sublayer, find_sublayers
@@ -91,20 +93,13 @@ def _behind(model: nn.Module, call: Call, original: Original, before: str, now: 
     return wanted
 
 
-class _Enough(Exception):
-    """The join was heard."""
-
-
 def _join(model: nn.Module, call: Call, sink: str, batch: Batch) -> tuple[Tensor, Tensor]:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def heard(path: str, stream: Tensor, added: Tensor) -> None:
         seen.append((stream.clone(), added.clone()))
-        raise _Enough
+        raise Enough
 
-    try:
-        with watched(model, [sink], heard):
-            call(model, batch)
-    except _Enough:
-        pass
+    with suppress(Enough), watched(model, [sink], heard):
+        call(model, batch)
     return seen[-1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrate.capture import counted
+from calibrate.capture import counted, given, received
 from calibrate.signature import Batch
 from compress.algorithms.least_squares import Moments, solve
 from compress.layers import Absent
@@ -82,19 +82,7 @@ def repair(model: nn.Module, call: Call, path: str, wanted: Wanted, fit: Iterabl
 
 def outputs_at(model: nn.Module, call: Call, path: str) -> Wanted:
     """What the module at ``path`` of a model gives for a batch (in its first call)."""
-
-    def wanted(batch: Batch) -> Tensor:
-        seen: list[Tensor] = []
-        handle = model.get_submodule(path).register_forward_hook(_noting(seen))
-        try:
-            call(model, batch)
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
-        return seen[-1]
-
-    return wanted
+    return lambda batch: given(model, call, path, batch)
 
 
 def held_out(batches: Iterable[Batch], share: float = 0.25) -> tuple[list[Batch], list[Batch]]:
@@ -108,18 +96,6 @@ def held_out(batches: Iterable[Batch], share: float = 0.25) -> tuple[list[Batch]
             if chosen.start < chosen.stop:
                 part.append({name: tensor[chosen] for name, tensor in batch.items()})
     return fit, held
-
-
-class _Enough(Exception):
-    """The module that is asked has run."""
-
-
-def _noting(seen: list[Tensor]) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        seen.append(output.detach())
-        raise _Enough
-
-    return hook
 
 
 def _obstacle(module: nn.Module) -> str:
@@ -169,26 +145,9 @@ def _gather(model: nn.Module, call: Call, path: str, wanted: Wanted, rows: Itera
     inputs, outputs = len(sums.gram) - int(sums.offset), sums.cross.shape[1]
     axis = 1 if isinstance(model.get_submodule(path), nn.Conv2d) else -1
     for batch in rows:
-        x, y = _input(model, call, path, batch).movedim(axis, -1), wanted(batch).movedim(axis, -1)
+        x, y = received(model, call, path, batch).movedim(axis, -1), wanted(batch).movedim(axis, -1)
         valid = counted(y, batch.get("attention_mask"))
         if valid is not None:
             x, y = x[valid.to(x.device)], y[valid.to(y.device)]
         y = y.reshape(-1, outputs)
         sums.add(x.reshape(-1, inputs) if inputs else y.new_zeros(len(y), 0), y)
-
-
-def _input(model: nn.Module, call: Call, path: str, batch: Batch) -> Tensor:
-    seen: list[Tensor] = []
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0].detach())
-        raise _Enough
-
-    handle = model.get_submodule(path).register_forward_pre_hook(hook)
-    try:
-        call(model, batch)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return seen[-1]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from calibrate.capture import Enough
 from calibrate.signature import Batch, Signature
 from compress.anatomy import Anatomy, Block, Site
 
@@ -61,10 +62,6 @@ class Unseparable:
     reason: str
 
 
-class _Enough(Exception):
-    """Raised when the last sink was reached: the rest of the model is of no interest."""
-
-
 def find_units(model: nn.Module, signature: Signature, anatomy: Anatomy, example: Batch) -> list[Units | Unseparable]:
     """Heads and neurons of every block, in the model's order; a block without attention or MLP has none.
 
@@ -74,7 +71,7 @@ def find_units(model: nn.Module, signature: Signature, anatomy: Anatomy, example
     plans = [plan for block in anatomy.blocks for plan in _plans(model, block)]
     wanted = [plan for plan in plans if isinstance(plan, _Plan)]
     with torch.enable_grad(), _watched(model, wanted) as seen:
-        with suppress(_Enough):
+        with suppress(Enough):
             signature.call(model.eval(), {name: value[:2] for name, value in example.items()})
         return [plan if isinstance(plan, Unseparable) else _read(plan, seen) for plan in plans]
 
@@ -186,7 +183,7 @@ def _watched(model: nn.Module, plans: list[_Plan]) -> Iterator[dict[str, Tensor]
         def hook(module: nn.Module, inputs: Any) -> None:
             seen[f"{path} in"] = inputs[0]
             if all(f"{other} in" in seen for other in sinks):
-                raise _Enough
+                raise Enough
 
         return hook
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibrate.capture import capture, split
+from calibrate.capture import capture, given, received, split
 from calibrate.errors import UserError
 from calibrate.grid import Grid
 from calibrate.histogram import Histogram
@@ -145,6 +145,22 @@ def test_hooks_and_modes_are_put_back_even_after_an_error() -> None:
     capture(model, call, batches(), asked("q", "out"))
     assert hooks(model) == 0
     assert [module.training for module in model.modules()] == modes
+
+
+def test_a_run_stops_at_the_module_that_is_asked() -> None:
+    model, batch, ran = Reader(), batches()[0], []
+    model.out.register_forward_hook(lambda *given: ran.append("out"))
+    before = hooks(model)
+    assert torch.equal(received(model, call, "v", batch), batch["x"])  # called by keyword
+    assert torch.equal(given(model, call, "k", batch), model.k(batch["x"]))
+    assert not ran
+    assert torch.equal(received(model, call, "pool", batch), given(model, call, "out", batch)[:, 0])
+    assert len(ran) == 2
+    with pytest.raises(LookupError):
+        given(model, call, "unused", batch)
+    with pytest.raises(LookupError):
+        received(model, call, "unused", batch)
+    assert hooks(model) == before
 
 
 def test_no_rows_is_the_users_mistake() -> None:
