@@ -10,10 +10,11 @@ from calibrate.errors import UserError
 from export.graph import Traceable
 
 if TYPE_CHECKING:
+    from compress.passes.contract import Pass
     from compress.recipe import Recipe
     from compress.yaml_positions import Step
 
-__all__ = ["check_exporters", "placed"]
+__all__ = ["check_exporters", "check_timed", "placed"]
 
 
 def check_exporters(recipe: Recipe, source: Traceable) -> None:
@@ -21,6 +22,20 @@ def check_exporters(recipe: Recipe, source: Traceable) -> None:
     for number, exporter in enumerate(recipe.export):
         with placed(recipe, "export", number, exporter.format):
             exporter.check(source)
+
+
+def check_timed(recipe: Recipe, step: Pass) -> None:
+    """Refuses a pass that measures times where no file of the recipe can be timed on this machine.
+
+    Raises:
+        UserError: names what to write instead.
+    """
+    if not step.timed or any(exporter.timed_here() for exporter in recipe.export):
+        return
+    option, _, instead = step.timed.partition(", ")
+    files = ", ".join(exporter.format for exporter in recipe.export)
+    found = f"none of the files ({files}) can be timed on this machine" if files else "the recipe exports no file to time"
+    raise UserError(step.name, f"{option} is measured, and {found}", f"Write {instead} instead, or add onnx to export.")
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True, progress
         files=[_file(*told) for told in files],
         memory=memory(facts),
         disk=disk(facts),
-        warnings=[*_absent(recipe, judges), *_wasted(recipe, rehearsal), *_untold(recipe, files)],
+        warnings=[*_assumed(recipe), *_absent(recipe, judges), *_wasted(recipe, rehearsal), *_untold(recipe, files)],
     )
 
 
@@ -216,6 +216,12 @@ def _stays_float(rehearsal: Rehearsal, roles: Roles) -> list[FloatPart]:
     found = bytes_by_role(rehearsal.model, holders)
     ordered = sorted(found.items(), key=lambda entry: -entry[1])
     return [FloatPart(role=role, bytes=size) for role, size in ordered if role and size]
+
+
+def _assumed(recipe: Recipe) -> list[str]:
+    """A sentence for each pass whose result only a run can tell."""
+    numbered = [(number, step) for number, step in enumerate(recipe.passes) if step.assumes]
+    return [f"{recipe.place('passes', number, step.name)}: {step.name}: {step.assumes}" for number, step in numbered]
 
 
 def _absent(recipe: Recipe, judges: bool) -> list[str]:

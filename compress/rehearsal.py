@@ -14,7 +14,7 @@ from calibrate.errors import UserError
 from calibrate.inventory import inventory
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy, find
-from compress.checks import placed
+from compress.checks import check_timed, placed
 from compress.passes.contract import Pass, Target
 from compress.surgery import Edit, Surgery
 
@@ -80,6 +80,7 @@ def rehearse(recipe: Recipe, source: Source, anatomy: Anatomy, example: Batch) -
             if number:
                 anatomy = find(model, source.signature, example, roles)
             before = _stored(model)
+            check_timed(recipe, step)
             targets, skips = step.targets(model, anatomy), step.skips(model, anatomy)
             step.rehearse(model, anatomy, surgery)
         steps.append(Rehearsed(step, anatomy, tuple(targets), skips, before, _stored(model)))

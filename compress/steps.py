@@ -12,8 +12,9 @@ from compress import manifest
 from compress.anatomy import Anatomy
 from compress.checks import placed
 from compress.each_pass import EachPass
+from compress.file_latency import FileLatency
 from compress.inspection import size
-from compress.passes.contract import Context, Pass, evaluating
+from compress.passes.contract import Context, Latency, Pass, evaluating
 from compress.report import BlockFidelity, Row, StepRecord
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from compress.run import Run
 
 __all__ = ["passes", "stands"]
+
+_LEAST_TIMED = 20
+"""Timed runs of each file while a pass chooses by time, however few the recipe asks for in the end."""
 
 
 def passes(run: Run) -> tuple[Subject, list[StepRecord]]:
@@ -131,6 +135,7 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRec
         rows=len(run.data.calibration) * run.data.calibration.group,
         seed=run.recipe.seed,
         progress=run.progress.update,
+        latency=_latency(run),
     )
     before, started = inventory(subject.model), time.perf_counter()
     with placed(run.recipe, "passes", number - 1, step.name):
@@ -138,6 +143,24 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRec
     after, seconds = inventory(subject.model), time.perf_counter() - started
     run.checkpoints.keep(subject, number)
     return _record(step, anatomy, before, after, context.report, seconds, run.fidelity(subject))
+
+
+def _latency(run: Run) -> Latency | None:
+    """Times models as files of the first exporter whose runtime is on this machine, at the first batch size of the recipe."""
+    exporter = next((exporter for exporter in run.recipe.export if exporter.timed_here()), None)
+    if exporter is None:
+        return None
+    measure, batches = run.recipe.measure, run.data.calibration.batches(run.recipe.measure.batch_sizes[0])
+    return FileLatency(
+        exporter,
+        run.traceable,
+        next(iter(batches)),
+        run.journal.folder,
+        batch=measure.batch_sizes[0],
+        threads=run.recipe.threads,
+        repeats=max(measure.repeats, _LEAST_TIMED),
+        warmup=measure.warmup,
+    )
 
 
 def _record(

@@ -48,6 +48,7 @@ def summary(
         warnings=[
             *run.data.warnings,
             *run.journal.warnings,
+            *(f"{step.name}: {says}" for step in steps if not step.undone for says in step.report.get("warnings", ())),
             *(unmeasured if run.recipe.measure.when == "each_pass" and run.each_pass is None else ()),
         ],
         resumed=run.journal.resumed,

@@ -126,6 +126,10 @@ class Exporter(BaseModel, ABC):
         """The extra that installs what ``missing`` misses."""
         return self.extra
 
+    def timed_here(self) -> bool:
+        """Whether a written file can be run on this machine in its own runtime, so that its time means something."""
+        return False
+
     @abstractmethod
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
         """(module path, reason) for each carried value of the compressed model that the runtime cannot hold. Cheap."""

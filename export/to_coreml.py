@@ -129,6 +129,9 @@ class CoreMLExporter(Exporter):
         details = {"target": self.target, "precision": self.precision, "operations": kinds, "sites": len(carrier.names)}
         return Artifact(self.format, path, sum(file.stat().st_size for file in package_files(path)), details)
 
+    def timed_here(self) -> bool:
+        return sys.platform == "darwin" and self.missing() is None
+
     def open(self, path: Path, threads: int) -> Runner:
         """Core ML itself on macOS, the interpreter elsewhere; ``threads`` is for torch (Core ML chooses its own)."""
         return _CoreML(path) if sys.platform == "darwin" else _Interpreted(path, threads)

@@ -189,6 +189,9 @@ class OnnxExporter(Exporter):
     def installs(self) -> str:
         return "openvino" if self.openvino is True else "onnx"
 
+    def timed_here(self) -> bool:
+        return self.missing() is None
+
     def check(self, source: Traceable) -> None:
         _check_dimensions(source, self.dynamic)
 

@@ -147,6 +147,9 @@ class TensorRTExporter(Exporter):
             _move(Path(folder), path)
         return Artifact(self.format, path, path.stat().st_size, details)
 
+    def timed_here(self) -> bool:
+        return self.missing() is None and not _no_gpu(self._builder())
+
     def open(self, path: Path, threads: int) -> Runner:
         """The engine on the GPU if its library and a CUDA build of torch are there; else the Q/DQ file (``proxy``)."""
         if not path.is_file():
