@@ -22,7 +22,7 @@ from compress.layers.conversion import is_conv1d, outputs_of
 from compress.surgery import Surgery
 from compress.units import Units, masked
 
-__all__ = ["slice_units"]
+__all__ = ["head_tables", "output_axes", "put_back", "slice_units"]
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_head", "heads", "nhead")
 _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
@@ -50,7 +50,7 @@ def slice_units(
     with torch.inference_mode(), masked(model, units, gone):
         expected = signature.call(model, example)
     done = len(surgery.edits)
-    with _put_back(model, units):
+    with put_back(model, units):
         try:
             if kept:
                 _narrow(model, surgery, units, kept)
@@ -63,7 +63,7 @@ def slice_units(
 
 
 @contextmanager
-def _put_back(model: nn.Module, units: Units) -> Iterator[None]:
+def put_back(model: nn.Module, units: Units) -> Iterator[None]:
     """Gives the modules that hold the units their old tensors, children and numbers again if something is raised."""
     paths = {_holder(units), units.sink, *units.rows}
     modules = {module for path in paths for module in model.get_submodule(path).modules()}
@@ -117,7 +117,7 @@ def _narrow_outputs(model: nn.Module, surgery: Surgery, path: str, rows: Tensor,
     owned = set(rows.flatten().tolist())
     staying = set(rows[kept].flatten().tolist())
     order = [row for row in range(count) if row in staying or row not in owned]
-    for name, axis in _output_axes(module, count):
+    for name, axis in output_axes(module, count):
         surgery.narrow(model, path, name, axis, order)
     sizes = {"num_features": len(order)} if norm else {"out_features": len(order), "nf": len(order), "out_channels": len(order)}
     if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
@@ -125,7 +125,8 @@ def _narrow_outputs(model: nn.Module, surgery: Surgery, path: str, rows: Tensor,
     _set_known(model, surgery, path, sizes)
 
 
-def _output_axes(module: nn.Module, count: int) -> Iterator[tuple[str, int]]:
+def output_axes(module: nn.Module, count: int) -> Iterator[tuple[str, int]]:
+    """Names of a layer's parameters and buffers with a value for each of its ``count`` outputs, and the axis."""
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, tensor in tensors:
         if is_conv1d(module) and name == "weight":
@@ -182,7 +183,7 @@ def _settle(
     for names, tables in tries:
         trial = Surgery()
         try:
-            with _put_back(model, units):
+            with put_back(model, units):
                 _renumber(model, trial, _holder(units), names)
                 if tables:
                     _narrow_tables(model, trial, units, kept)
@@ -209,11 +210,17 @@ def _renumber(model: nn.Module, trial: Surgery, holder: str, names: dict[str, tu
 
 
 def _narrow_tables(model: nn.Module, trial: Surgery, units: Units, kept: list[int]) -> None:
-    """Parameters and buffers of the attention with one axis as long as there were heads: position biases, temperatures."""
+    each = int(units.columns.numel()) // (len(units) * units.heads)
+    staying = sorted({column // each for column in units.columns[kept].flatten().tolist()})
+    for path, name, axis in list(head_tables(model, units)):
+        trial.narrow(model, path, name, axis, staying)
+
+
+def head_tables(model: nn.Module, units: Units) -> Iterator[tuple[str, str, int]]:
+    """Parameters and buffers of the attention with one axis as long as there are heads: position biases, temperatures. Path of
+    the module, name, axis."""
     holder, known = _holder(units), {units.sink, *units.rows}
     heads = len(units) * units.heads
-    each = int(units.columns.numel()) // heads
-    staying = sorted({column // each for column in units.columns[kept].flatten().tolist()})
     for path, module in list(model.get_submodule(holder).named_modules()):
         where = ".".join(filter(None, (holder, path)))
         if where in known or isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -221,7 +228,7 @@ def _narrow_tables(model: nn.Module, trial: Surgery, units: Units, kept: list[in
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             axes = [axis for axis, size in enumerate(tensor.shape) if size == heads]
             if len(axes) == 1:
-                trial.narrow(model, where, name, axes[0], staying)
+                yield where, name, axes[0]
 
 
 def _holder(units: Units) -> str:

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from calibrate.capture import split
 from calibrate.signature import Batch
 from compress.algorithms import trajectory
 from compress.layers.conversion import is_conv1d, outputs_of
 from compress.restart import Restart, Run
 from compress.units import Units, masked
 
-__all__ = ["Distance", "exact_scores", "magnitudes", "random_scores", "trajectory_scores"]
+if TYPE_CHECKING:
+    from compress.passes.contract import Context
+
+__all__ = ["Distance", "exact_scores", "magnitudes", "random_scores", "scored", "trajectory_scores"]
 
 _POSITIONS = 128
 """Positions of a row that are compared; of longer rows as many are drawn."""
@@ -31,6 +35,25 @@ _APART, _SEEDS = 2_654_435_761, (1 << 32) - 1
 """Between the seeds of two runs; and torch's generator on the CPU looks at 32 bits of a seed."""
 
 Progress = Callable[[int, int, str], None]
+
+
+def scored(model: nn.Module, context: Context, units: Sequence[Units], score: str, rows: int) -> list[Tensor]:
+    """Scores of units by the method that a recipe names, [units] each.
+
+    Args:
+        score: ``trajectory``, ``magnitude`` or ``random``.
+        rows: calibration rows that a trajectory score looks at.
+    """
+    if score == "random":
+        return random_scores(units, context.seed)
+    if score == "magnitude":
+        return [magnitudes(model, one) for one in units]
+    paths = [block.path for block in context.anatomy.blocks]
+    logits = bool(context.anatomy.roles.get("head")) and context.signature.output in ("tensor", "logits")
+    batches = _first(context.calibration(), rows)
+    return trajectory_scores(
+        model, context.call, batches, units, paths, logits=logits, seed=context.seed, progress=context.progress
+    )
 
 
 def magnitudes(model: nn.Module, units: Units) -> Tensor:
@@ -89,6 +112,17 @@ def trajectory_scores(
             restart.add(batch)
         _scale(model, restart, units, paths, distance, totals, rows, progress)
     return _joined(totals, weight)
+
+
+def _first(batches: Iterable[Batch], rows: int) -> list[Batch]:
+    """The first so many rows, in batches of at most 16: a batch is run with gradients."""
+    found, left = [], rows
+    for batch in split(batches, 16):
+        if left <= 0:
+            break
+        found.append({name: tensor[:left] for name, tensor in batch.items()})
+        left -= next(iter(batch.values())).shape[0]
+    return found
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,13 @@ class Anatomy:
         flops = sum(site.flops for site in self.sites) + sum(b.attention_flops for b in self.blocks) + self.loose_flops
         return {"parameters": _total(self.sites, "parameters"), "flops": flops, "bytes": _total(self.sites, "bytes")}
 
+    @property
+    def traced(self) -> tuple[Signature, Batch]:
+        """What the model takes and gives, and the two rows that it was traced with."""
+        assert self.signature is not None
+        assert self.example is not None
+        return self.signature, self.example
+
     def site(self, path: str) -> Site:
         """The site at a path.
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from calibrate.capture import split
 from calibrate.errors import UserError
-from calibrate.fidelity import Fidelity
-from calibrate.inventory import inventory
+from calibrate.modes import frozen
 from calibrate.signature import Batch, Signature
 from compress.anatomy import Anatomy, find
-from compress.layers.conversion import outputs_of
 from compress.passes.contract import Context, Pass, Target
 from compress.rehearsal import stand_in
-from compress.repair import Repaired, held_out, outputs_at, repair
 from compress.slicing import slice_units
 from compress.surgery import Surgery
-from compress.unit_scores import magnitudes, random_scores, trajectory_scores
+from compress.unit_costs import unit_bytes, whole_cost
+from compress.unit_scores import scored
 from compress.units import Units, Unseparable, find_units
+from compress.width_repair import repair_behind
 from compress.width_search import Group, TooSmall, choose
 
 __all__ = ["PruneWidth"]
@@ -92,7 +89,7 @@ class PruneWidth(Pass):
         units, _ = self._units(model, anatomy)
         alike = [torch.arange(len(one), dtype=torch.float64) / len(one) * self._cost(model, one) for one in units]
         gone = self._choice(model, anatomy, units, alike)
-        signature, example = _traced(anatomy)
+        signature, example = anatomy.traced
         _take_out(model, surgery, signature, example, units, gone)
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
@@ -102,18 +99,19 @@ class PruneWidth(Pass):
             context.report |= {"gone": [], "kept_share": 1.0, "skipped": {}}
             return model
         units, skipped = self._units(model, anatomy)
-        whole = _total(model, anatomy, self.macs is not None)
-        with _evaluated(model):
-            scores = self._scores(model, context, units)
+        whole = whole_cost(model, anatomy, macs=self.macs is not None)
+        with frozen(model):
+            scores = scored(model, context, units, self.score, self.rows)
             gone = self._choice(model, anatomy, units, scores)
             original = stand_in(model) if self.repair else None
-            signature, example = _traced(anatomy)
+            signature, example = anatomy.traced
             _take_out(model, context.surgery, signature, example, units, gone, context)
             context.report |= _told(units, gone, scores) | {"skipped": skipped}
             if original is not None:
-                context.report["repair"] = self._repaired(model, original, context, units, gone)
+                touched = [one.sink for one, numbers in zip(units, gone, strict=True) if numbers]
+                context.report["repair"] = repair_behind(model, original, context, touched)
             after = find(model, signature, example) if self.macs is not None else anatomy
-            context.report["kept_share"] = _total(model, after, self.macs is not None) / whole
+            context.report["kept_share"] = whole_cost(model, after, macs=self.macs is not None) / whole
         return model
 
     @property
@@ -146,10 +144,9 @@ class PruneWidth(Pass):
             UserError: there is none.
         """
         numbers = self._numbers(anatomy)
-        signature, example = _traced(anatomy)
+        signature, example = anatomy.traced
         kinds = [kind for kind, wanted in (("head", self.heads), ("neuron", self.neurons)) if wanted]
-        with _evaluated(model):
-            found = find_units(model, signature, anatomy, example)
+        found = find_units(model, signature, anatomy, example)
         mine = [one for one in found if one.kind in kinds and one.block in numbers]
         units = [one for one in mine if isinstance(one, Units)]
         skipped = {f"{anatomy.blocks[one.block].path} ({one.kind}s)": one.reason for one in mine if isinstance(one, Unseparable)}
@@ -160,7 +157,7 @@ class PruneWidth(Pass):
 
     def _cost(self, model: nn.Module, units: Units) -> float:
         """Of one unit: its FLOPs, or its bytes."""
-        return units.flops if self.macs is not None else _bytes(model, units)
+        return units.flops if self.macs is not None else unit_bytes(model, units)
 
     def _choice(self, model: nn.Module, anatomy: Anatomy, units: list[Units], scores: Sequence[Tensor]) -> list[list[int]]:
         groups = []
@@ -168,7 +165,7 @@ class PruneWidth(Pass):
             step = self.round_to if one.kind == "neuron" else 1
             stays = isinstance(model.get_submodule(one.sink), nn.Conv2d)
             groups.append(Group(score, self._cost(model, one), step, min(step, len(one)) if stays else 0))
-        total = _total(model, anatomy, self.macs is not None)
+        total = whole_cost(model, anatomy, macs=self.macs is not None)
         loose = total - sum(len(group.scores) * group.cost for group in groups)
         try:
             return choose(groups, loose, self._ratio * total)
@@ -177,61 +174,6 @@ class PruneWidth(Pass):
             least = error.least / total
             what = f"{option}: {self._ratio:g} is less than what stays in any case, {least:.4f}"
             raise UserError(self.name, what, f"Ask for {_up(least)} or more, or let more blocks and parts lose units.") from None
-
-    def _scores(self, model: nn.Module, context: Context, units: list[Units]) -> list[Tensor]:
-        if self.score == "random":
-            return random_scores(units, context.seed)
-        if self.score == "magnitude":
-            return [magnitudes(model, one) for one in units]
-        paths = [block.path for block in context.anatomy.blocks]
-        logits = bool(context.anatomy.roles.get("head")) and context.signature.output in ("tensor", "logits")
-        return trajectory_scores(
-            model, context.call, _first(context.calibration(), self.rows), units, paths,
-            logits=logits, seed=context.seed, progress=context.progress,
-        )  # fmt: skip
-
-    def _repaired(
-        self, model: nn.Module, original: nn.Module, context: Context, units: list[Units], gone: list[list[int]]
-    ) -> dict[str, Any]:
-        """Repairs the projections behind what went, first to last, and says what it was worth on the held-out rows."""
-        fit, held = held_out(context.calibration())
-        if not fit or not held:
-            return {"because": "there are too few calibration rows to hold some out"}
-        touched = [one for one, numbers in zip(units, gone, strict=True) if numbers]
-        before = _sqnr(original, model, context, held)
-        old = {one.sink: dict(model.get_submodule(one.sink).named_parameters()) for one in touched}
-        done: list[Repaired] = []
-        for number, one in enumerate(touched):
-            context.progress(number, len(touched), f"repair {one.sink}")
-            wanted = outputs_at(original, context.call, one.sink)
-            done.append(repair(model, context.call, one.sink, wanted, fit, held))
-        after = _sqnr(original, model, context, held)
-        told = {"sites": [each.json() for each in done], "sqnr_before_db": before, "sqnr_after_db": after}
-        if after < before:
-            for path, parameters in old.items():
-                for name, parameter in parameters.items():
-                    model.get_submodule(path).register_parameter(name, parameter)
-            told["undone"] = "the model's outputs on the held-out rows were nearer without it"
-        return told
-
-
-def _traced(anatomy: Anatomy) -> tuple[Signature, Batch]:
-    assert anatomy.signature is not None
-    assert anatomy.example is not None
-    return anatomy.signature, anatomy.example
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module's own mode is put back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _take_out(
@@ -251,46 +193,6 @@ def _take_out(
         except UserError as error:
             spare = "heads: false" if one.kind == "head" else "neurons: false"
             raise UserError(error.where, error.what, f"Leave them with {spare}, or skip: [{one.block}].") from error
-
-
-def _total(model: nn.Module, anatomy: Anatomy, macs: bool) -> float:
-    """FLOPs of all blocks for one row, or bytes of the model."""
-    if macs:
-        return float(sum(block.flops for block in anatomy.blocks))
-    return float(sum(entry.bytes for entry in inventory(model).values()))
-
-
-def _bytes(model: nn.Module, units: Units) -> float:
-    """Bytes of one unit in the layers that make it and in the one that reads it."""
-    count = len(units)
-    total = 0.0
-    for path, rows in units.rows.items():
-        module = model.get_submodule(path)
-        outputs = outputs_of(module)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if outputs in tensor.shape:
-                total += tensor.nbytes * rows.shape[1] / outputs
-    sink = model.get_submodule(units.sink).get_parameter("weight")
-    return total + sink.nbytes / count
-
-
-def _first(batches: Iterable[Batch], rows: int) -> list[Batch]:
-    """The first so many rows, in batches of at most 16: a batch is run with gradients."""
-    found, left = [], rows
-    for batch in split(batches, 16):
-        if left <= 0:
-            break
-        found.append({name: tensor[:left] for name, tensor in batch.items()})
-        left -= next(iter(batch.values())).shape[0]
-    return found
-
-
-def _sqnr(original: nn.Module, model: nn.Module, context: Context, batches: list[Batch]) -> float:
-    fidelity = Fidelity()
-    for batch in batches:
-        mask = batch.get("attention_mask")
-        fidelity.update(context.call(original, batch), context.call(model, batch), mask)
-    return fidelity.sqnr_db
 
 
 def _told(units: list[Units], gone: list[list[int]], scores: Sequence[Tensor]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_trajectory_is_better_than_random_and_repair_helps() -> None:
 
 
 def test_a_repair_that_makes_the_outputs_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.passes import prune_width
+    from compress import width_repair
     from compress.repair import Repaired, repair
 
     def spoil(model: nn.Module, call: Any, path: str, *rest: Any) -> Repaired:
@@ -128,7 +128,7 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone(monkeypatch: pytest.Mon
 
     model, signature, rows = digits()
     plain = tried(PruneWidth(macs=0.7, rows=8, repair=False), model, signature, rows)
-    monkeypatch.setattr(prune_width, "repair", spoil)
+    monkeypatch.setattr(width_repair, "repair", spoil)
     spoiled = tried(PruneWidth(macs=0.7, rows=8), model, signature, rows)
     assert "undone" in spoiled.context.report["repair"]
     assert torch.equal(spoiled.outputs(spoiled.after), plain.outputs(plain.after))
