@@ -1,4 +1,4 @@
-"""Calibration and evaluation rows: read lazily, chosen by seed or by number, fingerprinted, in batches of named
+"""Calibration, validation and evaluation rows: read lazily, chosen by seed or by number, fingerprinted, in batches of named
 tensors."""
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ class Rows:
         }
 
 
-def select(total: int, selection: Selection, *, seed: int = 0, where: str = "", from_end: bool = False) -> list[int]:
+def select(
+    total: int, selection: Selection, *, seed: int = 0, where: str = "", from_end: bool = False, behind: int = 0
+) -> list[int]:
     """Row numbers, ascending.
 
     Args:
@@ -181,6 +183,7 @@ def select(total: int, selection: Selection, *, seed: int = 0, where: str = "", 
         from_end: take a count from the end of the shuffled order, so that two counts out of one table share no row as
             long
             as both fit.
+        behind: take a count behind so many rows at the beginning of that order, as long as it fits there.
 
     Raises:
         UserError: more rows than there are, an empty or reversed range.
@@ -198,7 +201,8 @@ def select(total: int, selection: Selection, *, seed: int = 0, where: str = "", 
     if not 0 < selection <= total:
         raise UserError(where, f"{selection} rows asked for, there are {total}", f"Give a count from 1 to {total}, or all.")
     order = np.random.default_rng(seed).permutation(total)
-    return sorted(int(index) for index in (order[-selection:] if from_end else order[:selection]))
+    start = total - selection if from_end else min(behind, total - selection)
+    return sorted(int(index) for index in order[start : start + selection])
 
 
 def overlap(a: Rows, b: Rows) -> int:

@@ -27,7 +27,8 @@ _IMAGE_KEYS = ("image_size", "channels", "mean", "std", "resize", "crop", "inter
 
 def contradictions(recipe: Recipe, document: Document) -> list[Fault]:
     """Faults of a recipe whose keys are each in order."""
-    found = [*_model(recipe), *_data(recipe), *_splits(recipe), *_export(recipe), *_accept(recipe), *_undo(recipe)]
+    found = [*_model(recipe), *_data(recipe), *_splits(recipe), *_passes(recipe), *_export(recipe), *_accept(recipe)]
+    found += _undo(recipe)
     faults = []
     for path, what, hint in found:
         line, column = document.place(path, key=True)
@@ -66,7 +67,8 @@ def _data(recipe: Recipe) -> Found:
             "tokens is missing",
             "Add `tokens:` with the length that text is padded and cut to, such as 64.",
         )
-    paths = [split.path for split in (data.calibration, data.evaluation) if split is not None and split.path is not None]
+    splits = (data.calibration, data.validation, data.evaluation)
+    paths = [split.path for split in splits if split is not None and split.path is not None]
     plain = bool(paths) and all(path.suffix == ".txt" for path in paths)
     if data.format == "text" and "text" not in data.columns and not plain:
         yield ("data",), "columns does not say where the text is", "Add `columns: {text: NAME, label: NAME}`."
@@ -82,14 +84,14 @@ def _data(recipe: Recipe) -> Found:
 
 def _splits(recipe: Recipe) -> Found:
     data = recipe.data
-    for name, split in (("calibration", data.calibration), ("evaluation", data.evaluation)):
+    for name, split in (("calibration", data.calibration), ("validation", data.validation), ("evaluation", data.evaluation)):
         if split is None:
             continue
         if data.format == "embedded" and split.path is not None:
             yield (
                 ("data", name, "path"),
                 "embedded data has no path",
-                "Remove it; calibration and evaluation rows are kept apart.",
+                "Remove it; calibration, validation and evaluation rows are kept apart.",
             )
         if data.format != "embedded" and split.path is None:
             yield ("data", name), f"{name} has no path", f"Add `{name}: {{path: FILE, rows: ...}}`."
@@ -102,9 +104,10 @@ def _splits(recipe: Recipe) -> Found:
                 "shuffle goes with a count of rows only",
                 "Remove it, or give rows as a count.",
             )
-    if data.strict_splits and data.evaluation is not None and _meet(recipe, data.calibration, data.evaluation):
-        hint = "Give both as ranges that do not meet, such as rows: 0-127 and rows: 128-999, or use two files."
-        yield ("data", "evaluation"), "evaluation reads rows that calibration reads, and strict_splits is true", hint
+    for name, split in (("calibration", data.calibration), ("validation", data.validation)):
+        if data.strict_splits and data.evaluation is not None and split is not None and _meet(recipe, split, data.evaluation):
+            hint = "Give both as ranges that do not meet, such as rows: 0-127 and rows: 128-999, or use two files."
+            yield ("data", "evaluation"), f"evaluation reads rows that {name} reads, and strict_splits is true", hint
 
 
 def _meet(recipe: Recipe, first: Split, second: Split) -> bool:
@@ -117,6 +120,23 @@ def _meet(recipe: Recipe, first: Split, second: Split) -> bool:
         return False
     (start, end), (other_start, other_end) = first.span, second.span
     return (end is None or other_start < end) and (other_end is None or start < other_end)
+
+
+def _passes(recipe: Recipe) -> Found:
+    data = recipe.data
+    path = "" if data.calibration.path is None else f"path: {data.calibration.path}, "
+    nesting = [number for number, step in enumerate(recipe.passes) if step.nests]
+    for number in nesting[1:]:
+        yield ("passes", number), f"{recipe.passes[number].name} is listed twice", "A run keeps one sorted model; keep one."
+    for number, step in enumerate(recipe.passes):
+        if step.begins and number:
+            what = f"{step.name} begins with a saved model, so what the passes before it do is lost"
+            yield ("passes", number), what, "Put it first."
+    for number, step in enumerate(recipe.passes):
+        if step.validates and data.validation is None:
+            what = f"{step.name} chooses by validation rows, and data names none"
+            hint = f"Add to data: `validation: {{{path}rows: 512}}`: labelled rows that are not evaluated."
+            yield ("passes", number), what, hint
 
 
 def _export(recipe: Recipe) -> Found:

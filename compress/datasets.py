@@ -1,8 +1,9 @@
-"""The recipe's ``data`` section to calibration and evaluation rows that fit the model, and the metric they are judged
-by."""
+"""The recipe's ``data`` section to calibration, validation and evaluation rows that fit the model, and the metric they are
+judged by."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from calibrate.errors import UserError
 from calibrate.labels import class_labels, score_labels
 from calibrate.metrics import Metric, metric
 from calibrate.signature import Batch
+from compress.labelled import Validation
 
 if TYPE_CHECKING:
     from compress.recipe import DataSpec, Recipe, Split
@@ -39,6 +41,8 @@ class Data:
         metric: None where there are no labels; then agreement and SQNR against float judge alone.
         batch_size: data rows a batch.
         duplicates: evaluation rows whose content is also a calibration row.
+        validation: by which passes may judge themselves; None where the recipe gives none.
+        validation_duplicates: evaluation rows whose content is also a validation row.
         warnings: what a reader of the figures has to know.
     """
 
@@ -49,14 +53,28 @@ class Data:
     example: Batch
     batch_size: int = _BATCH
     duplicates: int = 0
+    validation: Rows | None = None
+    validation_duplicates: int = 0
     warnings: tuple[str, ...] = ()
 
     def calibration_batches(self) -> Iterator[Batch]:
         """The same calibration batches each time. Padded text of like length comes together, without the columns in which a
         whole batch is padding: what is padding counts for nothing and only costs time. ``calibration_row`` says which row is
         which."""
-        batches = self.calibration.batches(self.batch_size)
-        return map(_trimmed, _of_like_length(batches, self.batch_size)) if self.calibration.encoder.ragged else batches
+        return _without_padding(self.calibration, self.batch_size, sort=True)
+
+    def judge(self, source: Source, metric_name: str = "auto") -> Validation | None:
+        """What passes may judge themselves by; None where the recipe names no validation rows.
+
+        Raises:
+            UserError: the rows have no labels, or not those that the metric needs.
+        """
+        rows = self.validation
+        if rows is None:
+            return None
+        judged_by = metric_for(metric_name, source, rows)
+        batches = functools.partial(_without_padding, rows, self.batch_size, sort=rows.group == 1)
+        return Validation.of(rows, source.task, judged_by, source.signature.call, batches)
 
     def describe(self) -> dict[str, Any]:
         """What reports and the manifest say of the data, as JSON."""
@@ -65,6 +83,14 @@ class Data:
             "evaluation": None if self.evaluation is None else self.evaluation.describe(),
             "rows_in_both_by_content": self.duplicates,
             "metric": self.metric_name,
+            **({} if self.validation is None else self._validation()),
+        }
+
+    def _validation(self) -> dict[str, Any]:
+        assert self.validation is not None
+        return {
+            "validation": self.validation.describe(),
+            "rows_in_validation_and_evaluation_by_content": self.validation_duplicates,
         }
 
 
@@ -75,36 +101,44 @@ def load_data(recipe: Recipe, source: Source, *, evaluation: bool = True) -> Dat
         evaluation: False leaves the evaluation rows out (nothing will be judged).
 
     Raises:
-        UserError: a file, column, label or row that is not as the recipe says; with ``strict_splits``, calibration rows that
-            are evaluated too.
+        UserError: a file, column, label or row that is not as the recipe says; validation rows without labels; with
+            ``strict_splits``, calibration or validation rows that are evaluated too.
     """
     spec = recipe.data
     tables: dict[tuple[object, ...], Table] = {}
     calibration = build_rows(spec, "calibration", source, recipe, tables)
-    rows, both = None, 0
+    validation = None if spec.validation is None else build_rows(spec, "validation", source, recipe, tables)
+    rows, both, seen = None, 0, 0
     warnings: tuple[str, ...] = ()
     if evaluation and spec.evaluation is not None:
         rows = build_rows(spec, "evaluation", source, recipe, tables)
-        both, warnings = _apart(recipe, calibration, rows)
+        both, warnings = _apart(recipe, calibration, rows, "calibration")
+        if validation is not None:
+            seen, more = _apart(recipe, validation, rows, "validation")
+            warnings += more
     judged_by = metric_for(spec.metric, source, rows)
-    return Data(
+    made = Data(
         calibration=calibration,
         evaluation=rows,
         metric=judged_by,
         metric_name=judged_by.name if judged_by else "agreement",
         example=_example(calibration),
         duplicates=both,
+        validation=validation,
+        validation_duplicates=seen,
         warnings=warnings,
     )
+    made.judge(source, spec.metric)
+    return made
 
 
 def build_rows(
     spec: DataSpec, split: str, source: Source, recipe: Recipe, tables: dict[tuple[object, ...], Table] | None = None
 ) -> Rows:
-    """The rows of ``split`` (``calibration`` or ``evaluation``) as inputs of the model.
+    """The rows of ``split`` (``calibration``, ``validation`` or ``evaluation``) as inputs of the model.
 
     Args:
-        tables: tables already made, by what they were made from; a file is scanned once for both splits.
+        tables: tables already made, by what they were made from; a file is scanned once for all splits.
     """
     part: Split | None = getattr(spec, split)
     if part is None:
@@ -117,32 +151,42 @@ def build_rows(
         if source.signature.names != ("pixels",):
             hint = "Use format: images, parquet, text or arrays for other models."
             raise UserError(recipe.place("data", "format"), f"the embedded digits do not fit {source.name}", hint)
-        return digits_rows("test" if last else "calibration", part.selection, recipe.seed)
+        return digits_rows("test" if last else split, part.selection, recipe.seed)
     if part.path is None:
         raise UserError(recipe.place("data", split), f"{split} names no path", "Give path: a file or folder.")
     table, encoder = _READERS[spec.format](_Request(spec, split, part.path, recipe, source, tables if tables is not None else {}))
-    indices = select(len(table), part.selection, seed=recipe.seed, where=f"{where}.rows", from_end=last)
+    behind = _drawn_before(recipe, part) if split == "validation" else 0
+    indices = select(len(table), part.selection, seed=recipe.seed, where=f"{where}.rows", from_end=last, behind=behind)
     labels = _labels(table, indices, source, spec)
     rows = Rows(table, encoder, indices, labels, _chosen(part, recipe.seed))
     rows.check()
     return rows
 
 
-def _apart(recipe: Recipe, calibration: Rows, evaluation: Rows) -> tuple[int, tuple[str, ...]]:
-    """How many evaluation rows were calibration rows too, and the warning of it.
+def _drawn_before(recipe: Recipe, part: Split) -> int:
+    """How many rows of the same file the seed draws for calibration: validation rows are drawn behind them."""
+    other = recipe.data.calibration
+    if other.path is None or part.path is None or not (other.seeded and isinstance(other.rows, int)):
+        return 0
+    same = os.path.realpath(recipe.path(other.path)) == os.path.realpath(recipe.path(part.path))
+    return other.rows if same else 0
+
+
+def _apart(recipe: Recipe, seen: Rows, evaluation: Rows, split: str) -> tuple[int, tuple[str, ...]]:
+    """How many evaluation rows passes see as rows of ``split`` too, and the warning of it.
 
     Raises:
         UserError: there are some, and ``strict_splits`` is true.
     """
-    shared = twins(calibration, evaluation)
+    shared = twins(seen, evaluation)
     if not shared:
         return 0, ()
     what = f"{len(shared)} of the {len(evaluation)} evaluation rows"
     first = f"the first is {evaluation.table.place(shared[0])}"
     if recipe.data.strict_splits:
         hint = "Give each its own rows, such as rows: 0-127 and rows: 128-999, or its own file; or take strict_splits out."
-        raise UserError(recipe.place("data", "evaluation"), f"{what} are also calibration rows ({first})", hint)
-    return len(shared), (f"{what} were also calibration rows: {first}; figures on rows that passes have seen flatter them",)
+        raise UserError(recipe.place("data", "evaluation"), f"{what} are also {split} rows ({first})", hint)
+    return len(shared), (f"{what} were also {split} rows: {first}; figures on rows that passes have seen flatter them",)
 
 
 def metric_for(name: str, source: Source, rows: Rows | None) -> Metric | None:
@@ -388,6 +432,14 @@ def _chosen(part: Split, seed: int) -> str:
     if isinstance(selection, tuple):
         return f"{selection[0]}-{selection[1] - 1}"
     return "all" if selection == "all" else f"{selection} by seed {seed}"
+
+
+def _without_padding(rows: Rows, size: int, *, sort: bool) -> Iterator[Batch]:
+    """The rows in batches; padded text is trimmed and, with ``sort``, of like length together."""
+    batches = rows.batches(size)
+    if not rows.encoder.ragged:
+        return batches
+    return map(_trimmed, _of_like_length(batches, size) if sort else batches)
 
 
 def _of_like_length(batches: Iterator[Batch], size: int, window: int = 8) -> Iterator[Batch]:

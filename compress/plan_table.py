@@ -24,6 +24,9 @@ def render(plan: Plan) -> Iterator[str | Table]:
     yield from plan.notes
     rows = plan.calibration
     yield f"calibration: {rows['rows']} rows of {rows['path']} ({rows['chosen']})"
+    if plan.validation:
+        rows = plan.validation
+        yield f"validation: {rows['rows']} rows of {rows['path']} ({rows['chosen']}), by which passes choose"
     yield f"evaluation: {plan.evaluation} (not read)" if plan.evaluation else "evaluation: none, nothing will be judged"
     for number, step in enumerate(plan.passes):
         yield ""
@@ -53,6 +56,7 @@ def _pass(number: int, total: int, step: PlannedPass) -> Iterator[str | Table]:
     from rich.table import Table
 
     reads = f", reads {step.calibration_rows} calibration rows" if step.calibration_rows else ""
+    reads += f", chooses by {step.validation_rows} validation rows" if step.validation_rows else ""
     change = f"{size(step.bytes_before)} to {size(step.bytes_after)}"
     yield f"pass {number + 1} of {total}: {step.name} ({step.place}): {change}{reads}"
     table = Table("where", "role", "what", box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -26,6 +26,7 @@ from export.contract import Exporter, Forecast
 from export.graph import Traceable
 
 if TYPE_CHECKING:
+    from calibrate.data import Rows
     from compress.recipe import Recipe
     from compress.sources import Source
 
@@ -54,6 +55,7 @@ class PlannedPass(_Record):
     sites: list[SiteGroup] = Field(description="what the pass will touch")
     skipped: list[SiteGroup] = Field(description="what it leaves as it is though it was named, and why")
     calibration_rows: int = Field(description="calibration rows that it reads; 0: none")
+    validation_rows: int = Field(0, description="validation rows that it chooses by; 0: none")
     bytes_before: int = Field(description="parameters and buffers in memory, tied ones once")
     bytes_after: int = Field(
         description="the same after the pass; factors of input channels, which calibration decides on, are not in it"
@@ -87,6 +89,7 @@ class Plan(_Record):
     task: str
     notes: list[str] = Field(description="what a report would say of the model")
     calibration: dict[str, Any]
+    validation: dict[str, Any] | None = Field(None, description="rows that passes choose by")
     evaluation: str | None = Field(description="evaluation data as the recipe names it; it was not read. null: nothing is judged")
     passes: list[PlannedPass]
     roles: list[RoleBytes]
@@ -137,7 +140,8 @@ def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True, progress
         model=source.name,
         task=source.task,
         notes=list(source.notes),
-        calibration={"path": data.calibration.table.name, "rows": len(data.calibration), "chosen": data.calibration.chosen},
+        calibration=_chosen(data.calibration),
+        validation=None if data.validation is None else _chosen(data.validation),
         evaluation=None if not judges or split is None else str(split.path or f"{recipe.data.format} data"),
         passes=[_pass(recipe, number, step, data) for number, step in enumerate(rehearsal.steps)],
         roles=by_role,
@@ -149,6 +153,10 @@ def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True, progress
         disk=disk(facts),
         warnings=[*_assumed(recipe), *_absent(recipe, judges), *_wasted(recipe, rehearsal), *_untold(recipe, files)],
     )
+
+
+def _chosen(rows: Rows) -> dict[str, Any]:
+    return {"path": rows.table.name, "rows": len(rows), "chosen": rows.chosen}
 
 
 def _traceable(source: Source, data: Data, model: nn.Module) -> Traceable:
@@ -180,6 +188,7 @@ def _pass(recipe: Recipe, number: int, done: Rehearsed, data: Data) -> PlannedPa
         sites=_grouped([(target.path, target.role, target.action) for target in done.targets]),
         skipped=_grouped([(path, roles.get(path, ""), reason) for path, reason in done.skips.items()]),
         calibration_rows=len(data.calibration) if step.calibrates else 0,
+        validation_rows=len(data.validation) if step.validates and data.validation is not None else 0,
         bytes_before=done.bytes_before,
         bytes_after=done.bytes_after,
     )

@@ -181,7 +181,7 @@ def _begun(recipe: Recipe, out: Path, trust: bool, evaluate: bool, fresh: bool, 
 
 def _described(data: Data) -> dict[str, Any]:
     """What reports say of the data, with what is only noted while text is encoded: the parts that do it may be taken over."""
-    for rows in (data.calibration, data.evaluation):
+    for rows in (data.calibration, data.validation, data.evaluation):
         if rows is not None and rows.encoder.ragged:
             for _ in rows.batches(data.batch_size):
                 pass

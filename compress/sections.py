@@ -104,7 +104,7 @@ class RowSpan(Section):
 
 
 class Split(Section):
-    """Rows of one file, for calibration or for evaluation."""
+    """Rows of one file, for calibration, validation or evaluation."""
 
     path: FilePath | None = Field(
         None, description="file or folder, relative to the recipe; none for embedded data, which has its own splits"
@@ -187,11 +187,16 @@ class DataSpec(Section):
         None, description="how images are resized"
     )
     calibration: Split = Field(Split(rows=128), description="rows that passes may look at")
+    validation: Split | None = Field(
+        None, description="labelled rows that passes may judge themselves by while they choose; they are not for the verdict"
+    )
     evaluation: Split | None = Field(
         None, description="other rows, on which every file is judged; without them nothing is judged"
     )
     strict_splits: bool = Field(
-        False, description="whether a row that is in both splits stops the run (otherwise the report warns of it)"
+        False,
+        description="whether an evaluation row that is also a calibration or validation row stops the run (otherwise the "
+        "report warns of it)",
     )
     metric: Literal["auto", "accuracy", "top5", "f1", "spearman", "pearson", "perplexity", "agreement"] = Field(
         "auto",

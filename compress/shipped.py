@@ -169,7 +169,7 @@ def _keys() -> Iterable[str]:
         "recipe": Recipe,
         "model": ModelSpec,
         "data": DataSpec,
-        "data.calibration` and `data.evaluation": Split,
+        "data.calibration`, `data.validation` and `data.evaluation": Split,
         "accept": Accept,
         "measure": Measure,
     }

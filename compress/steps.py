@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
 from calibrate.inventory import difference, inventory
-from compress import manifest
+from compress import manifest, nested
 from compress.anatomy import Anatomy
 from compress.checks import placed
 from compress.each_pass import EachPass
@@ -46,13 +47,15 @@ def passes(run: Run) -> tuple[Subject, list[StepRecord]]:
             _part(number, step),
             StepRecord,
             functools.partial(_carried_out, run, subject, number, step),
-            makes=[run.checkpoints.path(number)],
+            makes=[run.checkpoints.path(number), *([run.out / nested.FOLDER] if step.nests else [])],
             says=f"pass {number} of {len(run.recipe.passes)}: {step.name}",
             # As in a recipe without those that were taken back.
             draws_as=_part(1 + sum(not step.undone for step in steps), step),
         )
         steps.append(record if run.each_pass is None else _weighed(run, run.each_pass, subject, record, number, before))
         if steps[-1].undone:
+            if step.nests:
+                shutil.rmtree(run.out / nested.FOLDER, ignore_errors=True)
             subject = run.checkpoints.restore(before)
         gc.collect()
     run.checkpoints.forget(but=stands(steps))
@@ -136,12 +139,16 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRec
         seed=run.recipe.seed,
         progress=run.progress.update,
         latency=_latency(run),
+        validation=run.data.judge(run.source, run.recipe.data.metric) if step.validates else None,
+        fingerprint=run.source.fingerprint,
     )
     before, started = inventory(subject.model), time.perf_counter()
     with placed(run.recipe, "passes", number - 1, step.name):
         subject.model = step.run(subject.model, context)
     after, seconds = inventory(subject.model), time.perf_counter() - started
     run.checkpoints.keep(subject, number)
+    if context.nested is not None:
+        nested.keep(run.checkpoints.path(number), context.nested, run.out / nested.FOLDER)
     return _record(step, anatomy, before, after, context.report, seconds, run.fidelity(subject))
 
 

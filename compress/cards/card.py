@@ -196,8 +196,10 @@ class Card:
     @property
     def data(self) -> list[tuple[str, ...]]:
         made: list[tuple[str, ...]] = []
-        for split in ("calibration", "evaluation"):
+        for split in ("calibration", "validation", "evaluation"):
             told = self.report.data.get(split)
+            if told is None and split == "validation":
+                continue
             if told is None:
                 made.append((split, "none", "", ""))
                 continue

@@ -36,6 +36,13 @@ def limits(card: Card) -> Iterator[str]:
     )
     if report.data.get("rows_in_both_by_content"):
         yield f"{report.data['rows_in_both_by_content']} evaluation rows have the same content as a calibration row."
+    if validation := report.data.get("validation"):
+        yield (
+            f"Passes may have chosen by the labels of {validation['rows']} validation rows of {validation['path']}: figures on "
+            "those rows would flatter the file, and none is told here."
+        )
+    if count := report.data.get("rows_in_validation_and_evaluation_by_content"):
+        yield f"{count} evaluation rows have the same content as a validation row."
     sizes = [f"`{port.name}` {port.written}" for port in card.program.inputs]
     yield f"Inputs have the shapes {'; '.join(sizes)}; others are refused."
     yield "Not measured: figures by group of people or kind of input, robustness, energy, memory, times on other processors."

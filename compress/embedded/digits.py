@@ -19,7 +19,7 @@ __all__ = ["DIGITS_FILE", "SPLITS", "WEIGHTS_FILE", "digits_model", "digits_rows
 
 DIGITS_FILE = Path(__file__).with_name("digits.npz")
 WEIGHTS_FILE = Path(__file__).with_name("digits-vit.safetensors")
-SPLITS = ("train", "calibration", "test")
+SPLITS = ("train", "calibration", "validation", "test")
 
 
 class _Digits(Table):
@@ -56,7 +56,8 @@ class _Pixels(Encoder):
 def digits_rows(split: str = "test", selection: Selection = "all", seed: int = 0) -> Rows:
     """Rows of one split: ``pixels`` float32 [B, 1, 8, 8] in [-1, 1], labels 0 to 9.
 
-    ``train`` has 1,197 rows, ``calibration`` 256 of them, ``test`` 600 that the model was not trained on.
+    ``train`` has 1,197 rows, ``calibration`` 256 of them and ``validation`` the others, ``test`` 600 that the model was not
+    trained on.
 
     Raises:
         UserError: no such split, or a selection that the split does not have.
@@ -84,4 +85,5 @@ def digits_model(weights: bool = True) -> DigitsViT:
 @cache
 def _arrays() -> dict[str, np.ndarray[Any, Any]]:
     with np.load(DIGITS_FILE, allow_pickle=False) as arrays:
-        return dict(arrays)
+        held = dict(arrays)
+    return held | {"validation": np.setdiff1d(held["train"], held["calibration"])}

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
 from calibrate.latency import Timing
+from calibrate.modes import evaluating, frozen
 from calibrate.signature import Batch, Signature
 from compress.surgery import Edit, Surgery
 
 if TYPE_CHECKING:
     from compress.anatomy import Anatomy
+    from compress.labelled import Validation
+    from compress.nested import Nested
 
-__all__ = ["Context", "Latency", "Pass", "Target", "blank", "evaluating", "unknown"]
+__all__ = ["Context", "Latency", "Pass", "Target", "blank", "evaluating", "frozen", "unknown"]
 
 _SMALL = 1 << 16
 """Numbers in a tensor that ``blank`` fills."""
@@ -56,6 +59,8 @@ class Context:
     ``calibration`` makes a fresh iterator over the same calibration batches each time it is called, ``rows`` in all (0: not
     known). ``report`` collects what the pass wants to say in the run's report (JSON values; ``warnings`` is a list of
     sentences). ``progress`` is told (done, total, what). ``latency`` is there where a file of the recipe can be timed.
+    ``validation`` judges a model by labelled rows that no file is judged by (None: the pass did not ask for it).
+    ``fingerprint`` is that of the float model, ``nested`` what a pass says that sorts units by importance.
     """
 
     signature: Signature
@@ -67,10 +72,23 @@ class Context:
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     report: dict[str, Any] = field(default_factory=dict)
     latency: Latency | None = None
+    validation: Validation | None = None
+    fingerprint: str = ""
+    nested: Nested | None = None
 
     def call(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The model's output for one batch."""
         return self.signature.call(model, batch)
+
+    def judge(self, where: str) -> Validation:
+        """The judge by validation rows, for a pass that cannot do without.
+
+        Raises:
+            UserError: there are no validation rows.
+        """
+        if self.validation is None:
+            raise UserError(where, "there are no validation rows to choose by", "Name some under data.validation.")
+        return self.validation
 
     @property
     def edits(self) -> list[Edit]:
@@ -90,6 +108,12 @@ class Pass(BaseModel, ABC):
     source: ClassVar[str]
     """The paper or document that the method comes from."""
     needs_calibration: ClassVar[bool] = False
+    nests: ClassVar[bool] = False
+    """Whether it sorts units by importance; the run then keeps the model that it leaves in the folder ``nested``."""
+    begins: ClassVar[bool] = False
+    """Whether it begins with a saved model, so that no pass can come before it."""
+
+    _base: Path = PrivateAttr(Path())
 
     @abstractmethod
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
@@ -124,6 +148,21 @@ class Pass(BaseModel, ABC):
     def calibrates(self) -> bool:
         """Whether these options make the pass read calibration rows."""
         return self.needs_calibration
+
+    @property
+    def base(self) -> Path:
+        """The folder that paths in the options are relative to: that of the recipe."""
+        return self._base
+
+    @property
+    def reads(self) -> list[Path]:
+        """Files that the options name: a run is the same run only while they are the same."""
+        return []
+
+    @property
+    def validates(self) -> bool:
+        """Whether these options make the pass choose by validation rows; the recipe then has to name some."""
+        return False
 
     @property
     def timed(self) -> str:
@@ -167,18 +206,6 @@ def blank(layer: nn.Module, seed: int = 0) -> nn.Module:
         else:
             owner._buffers[name] = made
     return layer
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode and without gradients; its mode is put back after."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield model
-    finally:
-        model.train(training)
 
 
 def unknown(where: str, what: str, given: str, known: Iterable[str]) -> UserError:

@@ -156,6 +156,81 @@ def test_rows_in_both_splits_are_warned_of_or_refused(tmp_path: Path) -> None:
     assert load_data(recipe(tmp_path, **drawn), source()).duplicates == 10, "two counts that do not fit into the file"
 
 
+def test_validation_rows_are_drawn_apart_from_the_others(tmp_path: Path) -> None:
+    tsv(tmp_path / "a.tsv", 30)
+    three = TEXT | {name: {"path": "a.tsv", "rows": 10} for name in ("calibration", "validation", "evaluation")}
+    data = load_data(recipe(tmp_path, **three), source())
+    assert data.evaluation is not None
+    assert data.validation is not None
+    assert sorted(data.calibration.indices + data.validation.indices + data.evaluation.indices) == list(range(30))
+    assert data.describe()["validation"]["fingerprint"] == data.validation.fingerprint
+    assert (data.validation_duplicates, data.warnings) == (0, ())
+    without = {name: split for name, split in three.items() if name != "validation"}
+    assert "validation" not in load_data(recipe(tmp_path, **without), source()).describe()
+    drawn = load_data(recipe(tmp_path, **three | {"validation": {"path": "a.tsv", "rows": 25}}), source())
+    assert drawn.validation_duplicates > 0, "more than are left"
+
+
+def test_rows_that_validate_and_are_evaluated_are_warned_of_or_refused(tmp_path: Path) -> None:
+    tsv(tmp_path / "a.tsv", 30)
+    (tmp_path / "copy.tsv").write_text("".join(f"text {number:03d}\t{number % 2}\n" for number in (40, 3, 41, 9, 12)))
+    spec = TEXT | {"calibration": {"path": "a.tsv", "rows": "20-29"}, "validation": {"path": "a.tsv", "rows": "0-9"}}
+    found = load_data(recipe(tmp_path, **spec, evaluation={"path": "copy.tsv"}), source())
+    assert (found.duplicates, found.validation_duplicates) == (0, 2)
+    assert [warning.partition(":")[0] for warning in found.warnings] == ["2 of the 5 evaluation rows were also validation rows"]
+    assert found.describe()["rows_in_validation_and_evaluation_by_content"] == 2
+    with pytest.raises(UserError, match="2 of the 5 evaluation rows are also validation rows"):
+        load_data(recipe(tmp_path, **spec, evaluation={"path": "copy.tsv"}, strict_splits=True), source())
+    with pytest.raises(UserError, match="evaluation reads rows that validation reads, and strict_splits is true"):
+        recipe(tmp_path, **spec, evaluation={"path": "a.tsv", "rows": "5-12"}, strict_splits=True)
+
+
+def test_a_judge_by_validation_rows_is_the_loss_and_the_metric_over_all_of_them(tmp_path: Path) -> None:
+    tsv(tmp_path / "a.tsv", 60)
+    spec = TEXT | {"calibration": {"path": "a.tsv", "rows": "0-9"}, "validation": {"path": "a.tsv", "rows": "10-59"}}
+    torch.manual_seed(0)
+    model = nn.Embedding(300, 2)
+    read = source(model=Pooled(model))
+    data = load_data(recipe(tmp_path, **spec), read)
+    judge = data.judge(read)
+    assert judge is not None
+    assert data.validation is not None
+    whole = next(iter(data.validation.batches(50)))
+    outputs = read.signature.call(read.model, whole)
+    assert data.validation.labels is not None
+    found = judge.judge(read.model)
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(outputs.double(), data.validation.labels).item(), rel=1e-6)
+    assert judge.loss(read.model) == found.loss
+    assert judge.metric(read.model) == float((outputs.argmax(1) == data.validation.labels).double().mean())
+    assert (judge.rows, judge.metric_name, judge.describe()["path"]) == (50, "accuracy", "a.tsv")
+    assert set(found.json()) == {"loss", "metric", "low", "high"}
+
+
+class Pooled(nn.Module):
+    """Means of embeddings over the tokens that are not padding."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask.unsqueeze(-1).float()
+        mean: Tensor = (self.table(input_ids) * mask).sum(1) / mask.sum(1)
+        return mean
+
+
+def test_validation_rows_without_labels_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.csv").write_text("one\ntwo\nthree\n")
+    spec: dict[str, Any] = {"format": "text", "columns": {"text": 0}, "header": False, "tokens": 12}
+    spec |= {name: {"path": "plain.csv", "rows": 1} for name in ("calibration", "validation")}
+    with pytest.raises(UserError, match=r"validation rows need labels, and plain.csv has none\n  Name the label"):
+        load_data(recipe(tmp_path, **spec), source())
+    with pytest.raises(UserError, match=r"there is no nowhere\.tsv"):
+        load_data(recipe(tmp_path, **spec | {"validation": {"path": "nowhere.tsv"}}), source())
+    with pytest.raises(UserError, match="validation has no path"):
+        recipe(tmp_path, **spec | {"validation": {"rows": 5}})
+
+
 def test_names_of_classes_are_the_models(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("sentence,kind\nx,good\ny,bad\nz,Good\n")
     spec = {

@@ -37,9 +37,10 @@ def test_random_weights_are_at_chance() -> None:
 
 
 def test_the_splits_do_not_meet() -> None:
-    train_rows, calibration, test = (set(digits_rows(split).indices) for split in SPLITS)
+    train_rows, calibration, validation, test = (set(digits_rows(split).indices) for split in SPLITS)
     assert (len(train_rows), len(calibration), len(test)) == (1197, 256, 600)
     assert calibration < train_rows
+    assert validation == train_rows - calibration
     assert not train_rows & test
     assert train_rows | test == set(range(1797))
     labels = digits_rows("test").labels
@@ -59,7 +60,7 @@ def test_rows_are_in_the_range_of_the_model() -> None:
 
 
 def test_wrong_requests_are_refused() -> None:
-    with pytest.raises(UserError, match="no split 'dev'\n  There is: train, calibration, test"):
+    with pytest.raises(UserError, match="no split 'dev'\n  There is: train, calibration, validation, test"):
         digits_rows("dev")
     with pytest.raises(UserError, match="700 rows asked for, there are 600"):
         digits_rows("test", 700)
