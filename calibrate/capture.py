@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
+from calibrate.modes import evaluating
 from calibrate.ranges import Observer
 from calibrate.signature import Batch
 
-__all__ = ["Captured", "Enough", "capture", "counted", "given", "measuring", "received", "shared_inputs", "split"]
+__all__ = ["Captured", "Enough", "capture", "counted", "given", "received", "shared_inputs", "split"]
 
 Call = Callable[[nn.Module, Batch], Any]
 
@@ -81,7 +82,7 @@ def capture(
         raise UserError("calibration", "there are no rows", "Name at least one row under data.calibration.")
     asked = {path: tuple(observer.key for observer in requests[path]) for path in requests}
     leaders = shared_inputs(model, call, first, asked)
-    with measuring(model):
+    with evaluating(model):
         sweep = _Sweep({path: requests[path] for path in requests if leaders.get(path, path) == path})
         if not whole:
             sweep.last = _inputs_in_one_call(model, call, first, sweep.requests)
@@ -118,7 +119,7 @@ def shared_inputs(model: nn.Module, call: Call, batch: Batch, asked: Mapping[str
             known = seen[id(x)] = (weakref.ref(x), next(numbers))
         received[path].append(known[1])
 
-    with measuring(model), _hooks(model, asked, note):
+    with evaluating(model), _hooks(model, asked, note):
         call(model, {name: tensor[:1] for name, tensor in batch.items()})
     leaders: dict[tuple[Any, ...], str] = {}
     found = {}
@@ -275,19 +276,6 @@ def _hooks(model: nn.Module, paths: Iterable[str], visit: Callable[[str, nn.Modu
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode and inference mode; each module's own mode is put back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _channel_axis(module: nn.Module) -> int:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from calibrate.capture import measuring
 from calibrate.fidelity import sqnr_db
+from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy, Site
 
@@ -100,7 +100,7 @@ def _norms(model: nn.Module, context: Context, row: Batch, readers: set[str]) ->
     handles = [model.get_submodule(path).register_forward_hook(after(path)) for path in norms]
     handles += [model.get_submodule(path).register_forward_pre_hook(before(path)) for path in readers]
     try:
-        with measuring(model):
+        with evaluating(model):
             context.call(model, row)
     finally:
         for handle in handles:
@@ -138,11 +138,11 @@ def _holds(model: nn.Module, context: Context, row: Batch, fold: Fold) -> bool:
     factor = torch.randint(-4, 5, (fold.channels,), generator=generator).float().exp2().to(weight)
     touched = [model.get_submodule(path) for path in (fold.producer, *fold.consumers)]
     kept = [dict(module._parameters) for module in touched]
-    with measuring(model):
+    with evaluating(model):
         before = context.call(model, row).float()
     try:
         fold.apply(model, factor)
-        with measuring(model):
+        with evaluating(model):
             after = context.call(model, row).float()
     except RuntimeError:  # shapes that do not meet: this is not the layer's producer
         return False

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.capture import Enough
+from calibrate.modes import modes_kept
 from calibrate.signature import Batch, Signature
 from compress.anatomy import Anatomy, Block, Site
 
@@ -70,7 +71,7 @@ def find_units(model: nn.Module, signature: Signature, anatomy: Anatomy, example
     """
     plans = [plan for block in anatomy.blocks for plan in _plans(model, block)]
     wanted = [plan for plan in plans if isinstance(plan, _Plan)]
-    with torch.enable_grad(), _watched(model, wanted) as seen:
+    with modes_kept(model), torch.enable_grad(), _watched(model, wanted) as seen:
         with suppress(Enough):
             signature.call(model.eval(), {name: value[:2] for name, value in example.items()})
         return [plan if isinstance(plan, Unseparable) else _read(plan, seen) for plan in plans]

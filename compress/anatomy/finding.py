@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from calibrate.modes import modes_kept
 from calibrate.signature import Batch, Signature
 from compress.anatomy.attention import Attention, find_attention
 from compress.anatomy.feedforward import FeedForward, find_feedforward
@@ -92,19 +92,8 @@ def _obvious(kind: Kind, read: set[int]) -> set[str]:
 
 
 def _trace(model: nn.Module, signature: Signature, example: Batch) -> torch.export.ExportedProgram:
-    with _modes_kept(model):
+    with modes_kept(model):
         return Traceable(model, signature, example).program(batch=_ROWS)
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Modes of all modules are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Reading:
