@@ -6,6 +6,7 @@ From Python::
 
     report = compress.apply("my.yaml", out="runs/mine")     # the same as `compress apply my.yaml --out runs/mine`
     planned = compress.plan("my.yaml")                      # what it would do and cost: a Plan
+    smaller = compress.extract("runs/mine", width=0.5)      # from a run with nest_widths, without scoring again
     model = compress.load("runs/mine")                      # the compressed torch model
     source, anatomy = compress.inspect("hf:path/to/model")  # the parts of a model
     recipe = compress.Recipe.read("my.yaml")                # a recipe, checked
@@ -16,15 +17,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import apply, inspect, plan, validate
+    from compress.api import apply, extract, inspect, plan, validate
     from compress.recipe import Recipe
     from compress.saved import load
 
-__all__ = ["Recipe", "apply", "inspect", "load", "plan", "validate"]
+__all__ = ["Recipe", "apply", "extract", "inspect", "load", "plan", "validate"]
 
 _HOMES = {
     "Recipe": "compress.recipe",
     "apply": "compress.api",
+    "extract": "compress.api",
     "inspect": "compress.api",
     "load": "compress.saved",
     "plan": "compress.api",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UserError
 from compress.recipe import ModelSpec, Recipe, read
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.report import Report
     from compress.sources import Source
 
-__all__ = ["apply", "inspect", "plan", "validate"]
+__all__ = ["apply", "extract", "inspect", "plan", "validate"]
 
 _SECTION = re.compile(r"model(\.(source|task|checkpoint|roles(\.[\w.]+)?))?|data(\.\w+)*")
 _MODEL = re.compile(r"(hf|timm|embedded):.*|.*\.py:[A-Za-z_]\w*")
@@ -86,6 +86,34 @@ def _placed(recipe: Recipe) -> Iterator[None]:
         elif error.where.startswith(("hf:", "timm:")):
             error.where = f"{recipe.place('model', 'source')}: {error.where}"
         raise
+
+
+def extract(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    trust: bool = False,
+    evaluate: bool = True,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Cuts a smaller model out of a run with ``nest_widths``: ``compress extract`` from Python.
+
+    Args:
+        run: the run folder.
+        out: the folder of the new run (default: beside it, named after the run and the width).
+        trust, evaluate, fresh, progress: as of ``apply``.
+        options: of the pass ``extract_width``, such as ``width=0.5`` or ``macs=0.7``.
+
+    Raises:
+        UserError: what the user can change, with the place; ``MissingRuntime`` where a library is absent.
+    """
+    from compress.extraction import extracting
+
+    asked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if value is not None}
+    recipe, folder = extracting(Path(run), None if out is None else Path(out), asked)
+    return apply(recipe, folder, trust=trust, evaluate=evaluate, fresh=fresh, progress=progress)
 
 
 def inspect(target: Recipe | str | Path, *, trust: bool = False) -> tuple[Source, Anatomy]:

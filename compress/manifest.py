@@ -88,6 +88,7 @@ def write(out: Path, recipe: Recipe, source: Source, data: dict[str, Any], artif
     """Writes ``manifest.json``, with the hashes of the recipe, the compressed model and the files; ``data`` as
     ``compress.datasets.Data`` describes itself."""
     files = {"recipe.yaml": out / "recipe.yaml", "model.safetensors": out / "model.safetensors"}
+    files |= {file.relative_to(out).as_posix(): file for file in sorted((out / "nested").glob("*"))}
     files |= {artifact.path.relative_to(out).as_posix(): artifact.path for artifact in artifacts.values()}
     content = {
         "version": 1,

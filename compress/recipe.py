@@ -143,6 +143,8 @@ def parse_recipe(text: str, *, where: str = "recipe.yaml", base: Path = Path(), 
         if faults:
             raise RecipeError(where, _once(faults))
         recipe._text, recipe._where, recipe._base, recipe._document = text, where, base, document
+        for step in recipe.passes:
+            step._base = base
         faults += contradictions(recipe, document)
     if faults:
         raise RecipeError(where, _once(faults))

@@ -25,7 +25,7 @@ LOCK = ".lock"
 
 _BEGUN = ".recipe.yaml.part"
 _STALE = ("report.json", "report.html", "validation.json", "manifest.json", "kept.safetensors", "model.safetensors")
-_STALE_FOLDERS = ("onnx", "coreml", "tensorrt", "baseline", "source")
+_STALE_FOLDERS = ("onnx", "coreml", "tensorrt", "baseline", "source", "nested")
 
 _DISK = {
     errno.ENOSPC: "the disk is full",

@@ -9,12 +9,14 @@ from importlib.metadata import EntryPoint
 from calibrate.errors import UserError
 from compress.passes.contract import Context, Pass, Target
 from compress.passes.drop_layers import DropLayers
+from compress.passes.extract_width import ExtractWidth
+from compress.passes.nest_widths import NestWidths
 from compress.passes.prune_width import PruneWidth
 from compress.passes.quantize import Quantize
 
 __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
-PASSES: tuple[type[Pass], ...] = (Quantize, DropLayers, PruneWidth)
+PASSES: tuple[type[Pass], ...] = (Quantize, DropLayers, PruneWidth, NestWidths, ExtractWidth)
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 
 
