@@ -61,6 +61,17 @@ def test_sliced_is_masked_and_replays(name: str) -> None:
     assert torch.equal(signature.call(again.eval(), example), out)
 
 
+def test_finding_units_leaves_the_modes() -> None:
+    model, signature, example = build("gpt2")
+    model.train()
+    next(iter(model.children())).eval()
+    modes = [module.training for module in model.modules()]
+    assert find_units(model, signature, find(model, signature, example), example)
+    assert [module.training for module in model.modules()] == modes
+    assert any(modes)
+    assert not all(modes)
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "timm_vit"])
 def test_masking_a_unit_is_zeroing_the_weights_that_read_it(name: str) -> None:
     model, signature, example, found = units_of(name)
