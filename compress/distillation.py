@@ -263,8 +263,9 @@ class _Training:
         """On the held-out rows: the loss, and the mean over keys of squared error over square."""
         sums: dict[str, list[float]] = {key: [0.0, 0.0, 0.0] for key in self.lesson.keys}
         for number, (batch, wanted) in enumerate(zip(self.lesson.held, self.lesson.wanted[1], strict=True)):
-            for key, found in self.lesson.losses(self.part.heard(1, number), wanted, batch).items():
-                sums[key] = [total + float(more) for total, more in zip(sums[key], found, strict=True)]
+            for key, (loss, error, positions) in self.lesson.losses(self.part.heard(1, number), wanted, batch).items():
+                totals = sums[key]
+                sums[key] = [totals[0] + float(loss), totals[1] + float(error), totals[2] + positions]
         means = [(loss / max(count, 1), error / max(count, 1)) for loss, error, count in sums.values()]
         return sum(loss for loss, _ in means), sum(error for _, error in means) / max(len(means), 1)
 
