@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from calibrate.errors import UserError
 from calibrate.signature import Batch
+from compress.accuracy_driven import Driver
 from compress.depth import Sublayer
 from compress.depth_choice import Candidate, Candidates, measure, one_shot, run_of_blocks
 from compress.depth_refit import Original, refit
 from compress.depth_repair import Judge, finite, keep_constants, parted
+from compress.greedy import Greedy
 from compress.passes.contract import Context
 from compress.whereabouts import Whereabouts
 
@@ -43,9 +45,13 @@ class Removal:
         self.means: dict[str, Tensor] = {}
         self.kept: list[str] = []
         self.skipped: dict[str, str] = {}
+        self.greedy: Greedy | None = None
 
     def run(self) -> None:
-        chosen, scores = self._choose() if self.options.chooses else (self._named(), {})
+        if self.options.accuracy_driven:
+            chosen, scores = self._driven(), dict[str, float]()
+        else:
+            chosen, scores = self._choose() if self.options.chooses else (self._named(), {})
         sublayers = [one.sublayer for one in chosen if one.sublayer]
         report: dict[str, Any] = {
             "blocks": [one.block.path for one in chosen if not one.sublayer],
@@ -56,7 +62,11 @@ class Removal:
         }
         self.context.report |= report
         if self.judge:
-            self.context.report["repair"] = self._repaired(sublayers, [one.block.index for one in chosen if not one.sublayer])
+            blocks = [one.block.index for one in chosen if not one.sublayer]
+            repaired = self._repaired if self.greedy is None else self._allowed
+            self.context.report["repair"] = repaired(sublayers, blocks)
+        if self.greedy is not None:
+            self.context.report["accuracy_driven"] = self.greedy.json()
 
     def _named(self) -> list[Candidate]:
         anatomy = self.context.anatomy
@@ -68,6 +78,50 @@ class Removal:
             self._measured(fit, [one.key for one in fit])
         self._gone(chosen)
         return chosen
+
+    def _driven(self) -> list[Candidate]:
+        """Those that the validation rows let go; heads may have gone too."""
+        options, context = self.options, self.context
+        candidates = options.driven_candidates(self.model, context.anatomy)
+        self.skipped = options.skips(self.model, context.anatomy)
+        if self.judge:
+            self._measured(list(candidates.these), [one.key for one in candidates.these])
+        judge = context.judge(options.name)
+        self.greedy = Greedy(self.model, judge, options.tolerance, options.evaluations, context.progress)
+        driver = Driver(
+            self.model,
+            context,
+            self.greedy,
+            constant=self.judge is not None,
+            heads=options.tries_heads,
+            reserved=int(self.judge is not None),
+        )
+        chosen = driver.run(candidates.these)
+        context.report["heads"] = driver.gone
+        return chosen
+
+    def _allowed(self, sublayers: list[Sublayer], blocks: list[int]) -> dict[str, Any]:
+        """Repairs, and takes it back where the loss on the validation rows rises."""
+        assert self.judge is not None
+        assert self.original is not None
+        assert self.greedy is not None
+        behind = [self.model.get_submodule(one.sink) for one in self.original.next_after(sublayers, blocks)]
+        old = [dict(module._parameters) for module in behind]
+        before = self.greedy.now
+        self._keep_means(sublayers)
+        told = self._repaired(sublayers, blocks)
+        if self.kept or told["refitted"]:
+            after = self.greedy.finish()
+            told |= {"loss_before": before.loss, "loss_after": after.loss}
+        if self.greedy.now.loss > before.loss:
+            for module, parameters in zip(behind, old, strict=True):
+                module._parameters.update(parameters)
+            with torch.no_grad():
+                for path in self.kept:
+                    self.model.get_submodule(path).get_parameter("bias").zero_()
+            self.greedy.now = before
+            told["undone"] = "the loss on the validation rows was lower without it"
+        return told
 
     def _choose(self) -> tuple[list[Candidate], dict[str, float]]:
         candidates, count = self.options.candidates(self.model, self.context.anatomy)
@@ -135,6 +189,9 @@ class Removal:
         sublayers = [one.sublayer for one in chosen if one.sublayer]
         blocks = [(now or {}).get(one.key, one.block.path) for one in chosen if not one.sublayer]
         self.options.take_out_parts(self.model, self.context.surgery, blocks, sublayers)
+        self._keep_means(sublayers)
+
+    def _keep_means(self, sublayers: list[Sublayer]) -> None:
         if self.judge:
             means = {one.constant: self.means[one.sink] for one in sublayers if one.constant and one.sink in self.means}
             self.kept += keep_constants(self.model, self.judge, means)

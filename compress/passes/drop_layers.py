@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from calibrate.errors import UserError
+from compress.accuracy_driven import separable_heads
 from compress.anatomy import Anatomy, Block
 from compress.depth import PARTS, Part, Sublayer, find_sublayers, shorten, take_out
 from compress.depth_choice import Candidates, find_candidates, refuse
@@ -32,6 +33,10 @@ class DropLayers(Pass):
     are put right. A dropped sublayer adds nothing to the residual stream, ``x + 0``: its weights are gone, with the norm
     that only it reads (pre-norm) and the one on its output; a norm after the join stays, as in BERT.
 
+    ``accuracy_driven`` (AxFormer: Nagarajan et al. 2020, arXiv 2010.03688) needs no number: attention and MLP sublayers, the last
+    ones first, then heads of the attentions that stayed, go where the task loss on the recipe's labelled validation rows does
+    not rise by more than ``tolerance``. Rows that chose cannot judge: the evaluation rows are others.
+
     With ``repair`` the mean of what a sublayer added on the calibration rows stays as a bias, and the next projection that
     adds to the stream is fitted by least squares so that the stream behind it is what it was; each only where the model's
     output on rows held out gets nearer to what it was.
@@ -43,8 +48,10 @@ class DropLayers(Pass):
     blocks: list[int] = Field([], description="Numbers of the blocks to take out whole; -1 is the last.")
     attention: list[int] = Field([], description="Numbers of the blocks whose attention is taken out.")
     mlp: list[int] = Field([], description="Numbers of the blocks whose MLP is taken out.")
-    sublayers: Literal["block", "attention", "mlp", "both"] = Field(
-        "attention", description="What count or ratio chooses from; both: attention and MLP sublayers together."
+    sublayers: Literal["block", "attention", "mlp", "both"] | None = Field(
+        None,
+        description="What is chosen from; both: attention and MLP sublayers together. By default attention, and both where "
+        "accuracy_driven chooses.",
     )
     count: Annotated[int, Field(gt=0)] | None = Field(None, description="How many go; the similarity chooses which.")
     ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
@@ -62,11 +69,47 @@ class DropLayers(Pass):
         "that it helps; by default with count and ratio. Reads calibration rows.",
     )
 
+    accuracy_driven: bool = Field(
+        False, description="Take out sublayers, then heads, as long as the loss on data.validation allows it."
+    )
+    tolerance: float = Field(
+        0.0,
+        ge=0.0,
+        le=10.0,
+        description="With accuracy_driven: how far the loss may stay above the lowest seen, as a share of the loss at the start.",
+    )
+    evaluations: int = Field(
+        100,
+        ge=4,
+        le=100_000,
+        description="With accuracy_driven: most runs over the validation rows; what they do not reach stays.",
+    )
+    heads: bool = Field(True, description="With accuracy_driven: whether heads of the attentions that stay are tried too.")
+
+    @model_validator(mode="after")
+    def _driven(self) -> DropLayers:
+        fields = type(self).model_fields
+        given = {option for option, known in fields.items() if getattr(self, option) != known.get_default()}
+        if not self.accuracy_driven:
+            for option in ("tolerance", "evaluations", "heads"):
+                if option in given:
+                    raise ValueError(f"{option} goes with accuracy_driven\nAdd accuracy_driven: true, or take {option} out.")
+            return self
+        if self.chooses or self.blocks or self.attention or self.mlp:
+            raise ValueError("accuracy_driven decides what goes and how much\nTake the numbers, count or ratio out.")
+        if self.sublayers == "block":
+            raise ValueError("accuracy_driven takes out sublayers and heads\nWrite sublayers: attention, mlp or both.")
+        for option in ("method", "score"):
+            if option in given:
+                raise ValueError(f"{option} goes with count or ratio\nTake it out: accuracy_driven has its own.")
+        return self
+
     @model_validator(mode="after")
     def _something(self) -> DropLayers:
         numbered = bool(self.blocks or self.attention or self.mlp)
-        if not (numbered or self.chooses):
-            raise ValueError("name at least one number under blocks, attention or mlp\nOr say how many: count, or ratio.")
+        if not (numbered or self.chooses or self.accuracy_driven):
+            hint = "Or say how many: count, or ratio; or accuracy_driven: true."
+            raise ValueError(f"name at least one number under blocks, attention or mlp\n{hint}")
         if numbered and self.chooses:
             raise ValueError("numbers and count (or ratio) exclude each other\nUse two passes of drop_layers.")
         if self.count is not None and self.ratio is not None:
@@ -87,7 +130,18 @@ class DropLayers(Pass):
     def calibrates(self) -> bool:
         return self.repairs or (self.chooses and self.score == "similarity")
 
+    @property
+    def validates(self) -> bool:
+        return self.accuracy_driven
+
+    @property
+    def kind(self) -> Literal["block", "attention", "mlp", "both"]:
+        """What is chosen from."""
+        return self.sublayers or ("both" if self.accuracy_driven else "attention")
+
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
+        if self.accuracy_driven:
+            return self._may_go(model, anatomy)
         if self.chooses:
             candidates, count = self.candidates(model, anatomy)
             action = f"one of {len(candidates.these)}: {count} of these are taken out"
@@ -100,9 +154,21 @@ class DropLayers(Pass):
         return targets
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+        if self.accuracy_driven:
+            heads = separable_heads(model, anatomy)[1] if self.tries_heads else {}
+            return self.driven_candidates(model, anatomy).others | heads
         return self.candidates(model, anatomy)[0].others if self.chooses else {}
 
+    def _may_go(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
+        heads = separable_heads(model, anatomy)[0] if self.tries_heads else {}
+        found = self.driven_candidates(model, anatomy).these
+        where = "where the validation rows allow it"
+        actions = {one.key: "taken out, whole or by heads, " if one.key in heads else "taken out " for one in found}
+        return [Target(one.key, one.part, f"{actions[one.key]}{where}") for one in found]
+
     def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
+        if self.accuracy_driven:
+            return  # What goes is known when the validation rows have been run; that it is nothing is always possible.
         if self.chooses:
             candidates, count = self.candidates(model, anatomy)
             chosen = candidates.typical(count, near=self.method == "consecutive")
@@ -132,10 +198,24 @@ class DropLayers(Pass):
         Raises:
             UserError: there are none, or fewer.
         """
-        candidates = find_candidates(model, anatomy, self.sublayers)
+        candidates = find_candidates(model, anatomy, self.kind)
         count = self.count if self.count is not None else round((self.ratio or 0.0) * len(candidates.these))
         refuse(self.name, candidates, count, near=self.method == "consecutive")
         return candidates, count
+
+    @property
+    def tries_heads(self) -> bool:
+        return self.heads and self.kind != "mlp"
+
+    def driven_candidates(self, model: nn.Module, anatomy: Anatomy) -> Candidates:
+        """The sublayers that validation rows may choose.
+
+        Raises:
+            UserError: there are none.
+        """
+        candidates = find_candidates(model, anatomy, self.kind)
+        refuse(self.name, candidates, 0, near=False)
+        return candidates
 
     def named_blocks(self, anatomy: Anatomy) -> list[Block]:
         """The blocks to take out, each once.
