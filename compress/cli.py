@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.progress import Progress
     from compress.report import Report
 
-__all__ = ["app", "apply", "inspect", "main", "passes", "plan", "recipes", "report", "schema", "validate"]
+__all__ = ["app", "apply", "extract", "inspect", "main", "passes", "plan", "recipes", "report", "schema", "validate"]
 
 EXIT_CODES = (
     "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed; "
@@ -156,6 +156,72 @@ def plan(
             _print_table(console, part)
         else:
             print(part)
+
+
+@app.command()
+def extract(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", readable=False, help="The folder of a finished run with `nest_widths`.")
+    ],
+    width: Annotated[
+        str | None, typer.Option("--width", metavar="SHARE", help="Share of the neurons that stays in every block.")
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option("--widths", metavar="SHARE,...", help="Share of the neurons that stays in each block.")
+    ] = None,
+    macs: Annotated[
+        str | None, typer.Option("--macs", metavar="SHARE", help="Share of the blocks' multiply-accumulates that stays.")
+    ] = None,
+    size_ratio: Annotated[
+        str | None, typer.Option("--size-ratio", metavar="SHARE", help="Share of the model's bytes in memory that stays.")
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            "--heads", metavar="SHARE[,...]", help="Share of the attention heads that stays, of every block or of each."
+        ),
+    ] = None,
+    round_to: Annotated[int | None, typer.Option("--round-to", help="Neurons that stay are a multiple of it (16).")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Fit the projections behind what is cut to the calibration rows of the recipe.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", readable=False, help="The new run folder; by default beside RUN_FOLDER."),
+    ] = None,
+    trust: Trust = False,
+    no_evaluation: Annotated[
+        bool, typer.Option("--no-evaluation", help="Write and audit the files; run nothing on the evaluation rows.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again, removing what a run left in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the final table.")] = False,
+) -> None:
+    """Cut a smaller model out of a run whose recipe has `nest_widths`, without scoring anything again, and judge its files.
+
+    That run sorted the units of every block by importance, so that the first ones are a smaller model: the same share of
+    every block (--width), a share for each (--widths, Mix'n'Match), or what a budget leaves (--macs, --size-ratio), chosen by
+    the importance that the run recorded. What follows is the run's own recipe: the passes after `nest_widths`, exporters, rows
+    and contract. The files are judged against the float model of that recipe, which must be where it was, as must its rows.
+
+    **Examples**
+
+        compress extract runs/nested --width 0.5
+        compress extract runs/nested --widths 1,1,0.75,0.75,0.5,0.5 --out runs/mixed
+        compress extract runs/nested --macs 0.7 --repair
+
+    Exit codes: 0 met; 1 a line of accept was missed; 2 no such run, it sorted nothing, or a width that it cannot give; 3 a
+    runtime is not installed; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
+    """
+    with _stoppable("stopped; the same command goes on from here"), _progress(quiet) as progress:
+        from compress import api
+        from compress.extraction import shares
+
+        asked = {"width": width, "widths": widths, "macs": macs, "size_ratio": size_ratio, "heads": heads}
+        report = api.extract(
+            run, out, trust=trust, evaluate=not no_evaluation, fresh=fresh, progress=progress,
+            **shares(asked), round_to=round_to, repair=repair or None,
+        )  # fmt: skip
+    _finish(report)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from compress.passes.extract_width import ExtractWidth
 from compress.recipe import Recipe, parse_recipe, read
 from compress.yaml_positions import parse
 
-__all__ = ["extracting", "name_of"]
+__all__ = ["extracting", "name_of", "shares"]
 
 
 def extracting(run: Path, out: Path | None, options: dict[str, Any]) -> tuple[Recipe, Path]:
@@ -38,12 +39,34 @@ def extracting(run: Path, out: Path | None, options: dict[str, Any]) -> tuple[Re
     recipe = read(run / "recipe.yaml", base=base)
     step = _step(os.path.relpath(run.resolve(), base), options)
     step.kept(nested)
-    name = name_of(recipe.name, options)
+    name = name_of(manifest.read(run).get("recipe", recipe.name), options)
     folder = out if out is not None else run.resolve().parent / name if run.is_symlink() else run.parent / name
     if folder.resolve() == run.resolve():
         raise UserError(str(folder), "is the run that is cut from", "Name another folder with --out.")
     text = _composed(recipe, step, name, run)
     return parse_recipe(text, where=str(folder / "recipe.yaml"), base=base, stem=name), folder
+
+
+def shares(asked: Mapping[str, str | None]) -> dict[str, float | tuple[float, ...]]:
+    """Numbers as they are written on the command line: one, or several with commas between them; what is not asked is left out.
+
+    Raises:
+        UserError: something that is no number, with its option.
+    """
+    found: dict[str, float | tuple[float, ...]] = {}
+    for option, text in asked.items():
+        if text is None:
+            continue
+        where = f"--{option.replace('_', '-')}"
+        try:
+            numbers = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            example = "1,0.75,0.5" if option == "widths" else "0.5"
+            raise UserError(where, f"{text[:60]!r} is not a number", f"For example {where} {example}.") from None
+        if len(numbers) > 1 and option not in ("widths", "heads"):
+            raise UserError(where, f"takes one number, not {len(numbers)}", "Widths of single blocks go with --widths.")
+        found[option] = numbers if option == "widths" or len(numbers) > 1 else numbers[0]
+    return found
 
 
 def name_of(name: str, options: dict[str, Any]) -> str:
@@ -76,7 +99,7 @@ def _composed(recipe: Recipe, step: ExtractWidth, name: str, run: Path) -> str:
     assert isinstance(data, dict)
     count = next(number for number, one in enumerate(recipe.passes) if one.nests) + 1
     options = step.model_dump(mode="json", exclude_defaults=True)
-    data["name"] = name
-    data["passes"] = [{step.name: options}, *data["passes"][count:]]
-    head = f"# Made by `compress extract` from the run {run.name}: its recipe, with its sorted model in the place of the first passes.\n"
-    return head + yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    made = {"name": name, **{key: value for key, value in data.items() if key != "name"}}
+    made["passes"] = [{step.name: options}, *data["passes"][count:]]
+    head = f"# Made by `compress extract` from the run {run.name}: its recipe, with the sorted model for its first passes.\n"
+    return head + yaml.safe_dump(made, sort_keys=False, allow_unicode=True)

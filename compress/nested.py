@@ -19,6 +19,7 @@ from torch import Tensor
 from calibrate.errors import UserError
 from compress import manifest
 from compress.units import Units
+from export.disk import renamed
 
 __all__ = ["FOLDER", "Layout", "Nested", "SortedUnits", "keep", "layout_of", "read"]
 
@@ -131,7 +132,8 @@ def keep(checkpoint: Path, told: Nested, folder: Path) -> None:
     folder.mkdir()
     linked(checkpoint / _MODEL, folder / _MODEL)
     sealed = told.model_copy(update={"model_sha256": manifest.digest(folder / _MODEL)})
-    manifest.write_json(folder / _WIDTHS, sealed.model_dump(mode="json"))
+    with renamed(folder / _WIDTHS) as unfinished:
+        unfinished.write_text(json.dumps(sealed.model_dump(mode="json"), sort_keys=True, allow_nan=False) + "\n")
 
 
 def read(run: Path, *, whole: bool = False) -> Nested:
