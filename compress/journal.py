@@ -62,7 +62,7 @@ class Journal:
             fresh: nothing is taken over, whatever is there.
         """
         self._run = {"name": name, "identity": identity}
-        before = None if fresh else _read(self.folder / "run.json")
+        before = None if fresh else manifest.read_json(self.folder / "run.json")
         if before is not None:
             differ = differences(before.get("identity", {}), identity)
             if not differ:
@@ -177,23 +177,14 @@ class Journal:
         manifest.write_json(self._path(name), record)
 
     def _records(self) -> list[tuple[Path, dict[str, Any]]]:
-        found = [(path, _read(path)) for path in self.folder.glob("*.part.json")]
+        found = [(path, manifest.read_json(path)) for path in self.folder.glob("*.part.json")]
         return [(path, record) for path, record in found if record is not None]
 
     def _record(self, name: str) -> dict[str, Any] | None:
-        return _read(self._path(name))
+        return manifest.read_json(self._path(name))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.part.json"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A record, or None where there is none; one that is damaged counts as none."""
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _files(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.sources import Source
     from export.contract import Artifact
 
-__all__ = ["digest", "machine", "read", "size_bytes", "versions", "write", "write_json"]
+__all__ = ["digest", "machine", "read", "read_json", "size_bytes", "versions", "write", "write_json"]
 
 _LIBRARIES = (
     "transformer-compress", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime", "openvino", "coremltools",
@@ -82,6 +82,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.write(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none; a file that is damaged or holds anything else counts as none."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write(out: Path, recipe: Recipe, source: Source, data: dict[str, Any], artifacts: Mapping[str, Artifact]) -> None:

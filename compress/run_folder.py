@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calibrate.errors import UserError
+from compress import manifest
 from compress.journal import FOLDER
 from export.disk import FULL
 
@@ -54,7 +54,7 @@ def own(out: Path, name: str, *, fresh: bool = False) -> None:
     if there and not marked:
         raise UserError(str(out), "exists and is not a run folder", "Name another folder with --out, or remove it.")
     for state, key in ((f"{FOLDER}/run.json", "name"), ("manifest.json", "recipe")):
-        found = _state(out / state).get(key, name)
+        found = (manifest.read_json(out / state) or {}).get(key, name)
         if found != name and not fresh:
             hint = "Name another folder with --out, or give --fresh to remove that run."
             raise UserError(str(out), f"holds a run of the recipe {found}, this is {name}", hint)
@@ -159,14 +159,6 @@ def _usable(out: Path) -> Iterator[None]:
     except OSError as error:
         what = f"cannot be a run folder: {(error.strerror or str(error)).lower()}"
         raise UserError(str(out), what, "Name another folder with --out, or change its permissions.") from None
-
-
-def _state(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _remove_empty(folders: list[Path]) -> None:
