@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibrate.errors import UserError
+from compress import wording
 from export.disk import renamed
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def table(report: Report) -> Table:
             _interval(row.metric),
             "" if row.validated == "reference" else _interval(row.drop, "+"),
             "" if row.validated == "reference" else _share(row.agreement),
-            "" if row.validated == "reference" else _decibel(row),
+            "" if row.validated == "reference" else wording.decibel(row),
             *(_time(measured.get(batch), row) for batch in latencies),
             _size(row),
             _validated(row),
@@ -270,33 +271,23 @@ def _interval(figure: Figure | None, sign: str = "") -> str:
     """The value and, below it, its interval; ``sign`` is ``+`` where a plus sign is to be seen."""
     if figure is None:
         return "-"
-    value = f"{figure.value:{sign}.4f}"
-    if figure.low is None or figure.high is None:
-        return value
-    return f"{value}\n[{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
+    return f"{wording.figure(figure.value, sign)}\n{wording.interval(figure, sign)}".rstrip()
 
 
 def _share(share: Figure | None) -> str:
-    return "-" if share is None else f"{share.value:.2%}"
-
-
-def _decibel(row: Row) -> str:
-    if row.validated == "none":
-        return "-"
-    return "equal" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+    return "-" if share is None else wording.share(share)
 
 
 def _time(latency: Latency | None, row: Row) -> str:
     if latency is None:
         return "not\nmeasured" if row.path else "-"
-    return f"{latency.median_ms:.3g}" + (f"\n({latency.ratio:.2f}x)" if latency.ratio is not None else "")
+    return f"{latency.median_ms:.3g}" + (f"\n({wording.ratio(latency.ratio)})" if latency.ratio is not None else "")
 
 
 def _size(row: Row) -> str:
     if row.size_bytes is None:
         return "-"
-    size = f"{row.size_bytes / 1e6:.2f} MB" if row.size_bytes >= 1e5 else f"{row.size_bytes / 1e3:.1f} kB"
-    return size + (f"\n({row.size_ratio:.2f}x)" if row.size_ratio is not None else "")
+    return wording.size(row.size_bytes) + (f"\n({wording.ratio(row.size_ratio)})" if row.size_ratio is not None else "")
 
 
 def _validated(row: Row) -> str:

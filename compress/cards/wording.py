@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from compress.report import Figure, Latency, Row
+from compress.wording import interval
 
 __all__ = [
     "NOT_MEASURED",
@@ -28,12 +29,12 @@ _MOST = 12
 
 def metric(figure: Figure | None) -> str:
     """``0.8739 [0.8502, 0.8943]``."""
-    return NOT_MEASURED if figure is None else f"{figure.value:.4f}" + _interval(figure, ".4f")
+    return NOT_MEASURED if figure is None else f"{figure.value:.4f}" + _interval(figure)
 
 
 def drop(figure: Figure | None) -> str:
     """``+0.0023 [-0.0055, +0.0101]``; positive is worse."""
-    return NOT_MEASURED if figure is None else f"{figure.value:+.4f}" + _interval(figure, "+.4f")
+    return NOT_MEASURED if figure is None else f"{figure.value:+.4f}" + _interval(figure, "+")
 
 
 def share(figure: Figure | None) -> str:
@@ -98,7 +99,6 @@ def without_paths(text: str) -> str:
     return _PATH.sub(r"\1", text)
 
 
-def _interval(figure: Figure, form: str) -> str:
-    if figure.low is None or figure.high is None:
-        return ""
-    return f" [{figure.low:{form}}, {figure.high:{form}}]"
+def _interval(figure: Figure, sign: str = "") -> str:
+    ends = interval(figure, sign, decimals=4)
+    return f" {ends}" if ends else ""

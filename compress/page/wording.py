@@ -1,11 +1,12 @@
-"""Numbers and intervals as the page writes them: the same figures as the table of the terminal."""
+"""Numbers and intervals as the page writes them: those that the table of the terminal has too, and its own."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from compress.report import Figure, Latency, Row
+from compress.report import Latency
+from compress.wording import decibel, figure, interval, ratio, share, size
 
 __all__ = [
     "decibel",
@@ -27,47 +28,11 @@ __all__ = [
 ]
 
 
-def figure(value: float, sign: str = "") -> str:
-    """A metric or its drop to four decimals; ``sign`` is ``+`` where a plus sign is to be seen."""
-    return f"{value:{sign}.4f}"
-
-
-def interval(found: Figure | None, sign: str = "") -> str:
-    """The 95 % interval of a figure; empty where it has none."""
-    if found is None or found.low is None or found.high is None:
-        return ""
-    return f"[{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
-
-
-def share(found: Figure) -> str:
-    """A share of rows in per cent."""
-    return f"{found.value:.2%}"
-
-
-def decibel(row: Row) -> str:
-    """The SQNR of a row against float; ``equal`` where nothing differs, ``-`` where nothing was run."""
-    if row.validated == "none":
-        return "-"
-    return "equal" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
-
-
-def ratio(value: float | None) -> str:
-    """A ratio to float: 0.31x."""
-    return "" if value is None else f"{value:.2f}x"
-
-
 def ratio_interval(latency: Latency) -> str:
     """The 95 % interval of a ratio of times; empty where it has none."""
     if latency.ratio_low is None or latency.ratio_high is None:
         return ""
     return f"[{latency.ratio_low:.2f}, {latency.ratio_high:.2f}]"
-
-
-def size(stored: float) -> str:
-    """Bytes as MB (10**6), below 0.1 MB as kB, below 1 kB as they are."""
-    if stored >= 1e5:
-        return f"{stored / 1e6:.2f} MB"
-    return f"{stored / 1e3:.1f} kB" if stored >= 1000 else f"{stored:.0f} B"
 
 
 def memory(stored: float) -> str:
