@@ -16,7 +16,7 @@ from calibrate.signature import Batch
 from compress.anatomy import Anatomy
 from compress.depth import PARTS, Sublayer, find_sublayers
 from compress.depth_repair import Judge
-from compress.passes.contract import evaluating
+from compress.passes.contract import frozen
 from compress.repair import repair
 from compress.residual_stream import watched
 from compress.surgery import Edit
@@ -70,7 +70,7 @@ def refit(
             continue
         module = model.get_submodule(path)
         old = dict(module._parameters)
-        with evaluating(model), evaluating(original.model):
+        with frozen(model), frozen(original.model):  # the weights that are made stay, and may get gradients
             done = repair(model, call, path, _behind(model, call, original, one.sink, path), *rows)
         if done.ridge is None:
             continue
