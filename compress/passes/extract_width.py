@@ -150,7 +150,12 @@ class ExtractWidth(Pass):
         signature, example = anatomy.traced
         for number, (one, stay) in enumerate(zip(nested.units, kept, strict=True)):
             progress(number, len(kept), f"{one.kind}s of block {one.block}: the first {stay} of {len(one)}")
-            slice_units(model, surgery, signature, example, one.units, range(stay, len(one)))
+            try:
+                slice_units(model, surgery, signature, example, one.units, range(stay, len(one)))
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                path = self.folder / FOLDER / "widths.json"
+                what = f"{path} does not describe the model beside it ({type(error).__name__} at {one.sink})"
+                raise UserError(self.name, what, "Run its recipe again.") from error
         return kept
 
 

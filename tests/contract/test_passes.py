@@ -166,7 +166,7 @@ def test_a_rehearsal_leaves_the_shapes_that_run_leaves(step: type[Pass]) -> None
     example(step).rehearse(rehearsed, anatomy, Surgery())
     assert inventory(model) == before
     after, _ = ran(example(step), model, signature, rows)
-    assert inventory(after) != before
+    assert step.nests or inventory(after) != before
     assert inventory(rehearsed) == inventory(after)
 
 
@@ -194,18 +194,20 @@ def test_no_float_weight_of_a_replaced_module_lives_on(step: type[Pass]) -> None
     after, context = ran(example(step), model, signature, rows)
     kept = {id(parameter) for parameter in after.parameters()}
     gc.collect()
-    assert context.edits
+    assert step.nests or context.edits
     ghosts = [path for path, weight in alive.items() if (held := weight()) is not None and id(held) not in kept]
     assert ghosts == []
 
 
 @each_pass
 def test_a_pattern_that_matches_nothing_is_refused(step: type[Pass]) -> None:
-    """Lists of names are patterns; lists of numbers are positions: neither may silently match nothing."""
+    """Lists of names are patterns, lists of whole numbers positions, lists of shares one for each: none may silently match
+    nothing."""
     model, signature, rows = subject()
     tried = 0
     for name, field in step.model_fields.items():
-        wrong: list[Any] = ["no.such.place"] if "str" in str(field.annotation) else [99]
+        kind = str(field.annotation)
+        wrong: list[Any] = ["no.such.place"] if "str" in kind else [0.5] * 99 if "float" in kind else [99]
         if "list" not in str(field.annotation) and "tuple" not in str(field.annotation):
             continue
         tried += 1
