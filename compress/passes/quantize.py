@@ -26,6 +26,7 @@ from compress.layers import QuantEmbedding, is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
 from compress.layers.fitting import Seen, column_energy, fit_input, shift_bias, store_weight
 from compress.passes.contract import Context, Pass, Target, blank
+from compress.site_options import Choice, SiteOptions, overridden
 from compress.surgery import Surgery
 from compress.tied import Ties
 
@@ -110,6 +111,11 @@ class Quantize(Pass):
         description="Bits of all embedding tables, one scale for each row; a head that is tied to one shares its codes. Default: "
         "they stay float.",
     )
+    overrides: dict[str, Choice | SiteOptions] = Field(
+        {},
+        description="Sites that differ, by role or module path (wildcards allowed; a later pattern holds over an earlier one): "
+        "bits of the weights, float, or {weights, activations: none}.",
+    )
     group_scales: Literal["free", "multiples"] = Field(
         "free",
         description="multiples: the scales of a channel's groups are whole multiples of one step, so that static 8-bit inputs "
@@ -153,9 +159,14 @@ class Quantize(Pass):
     def _consistent(self) -> Quantize:
         if self.group_size and self.granularity in ("channel", "tensor"):
             raise ValueError(f"group_size has no meaning with granularity {self.granularity}")
-        if self.group_scales == "multiples" and self.weights == 8:
+        if self.group_scales == "multiples" and self.weights == 8 and not self.several:
             raise ValueError("group_scales: multiples is for weights of 4 or 2 bits in groups")
         return self
+
+    @property
+    def several(self) -> bool:
+        """Whether sites may differ in bits."""
+        return bool(self.overrides)
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
         return [Target(job.site.path, ", ".join(job.site.roles), self._action(job)) for job in self._plan(model, anatomy)[0]]
@@ -211,6 +222,7 @@ class Quantize(Pass):
         """What will be quantized, in the model's order, and why other targets will not be."""
         chosen = self._chosen(anatomy)
         left = {site.path for site in anatomy.select(self.skip, self.name)} if self.skip else set()
+        own = overridden(anatomy, self.overrides, chosen, self.name)
         jobs, skipped = [], {}
         for site in anatomy.sites:
             if site.path not in chosen:
@@ -219,12 +231,15 @@ class Quantize(Pass):
                 if site.path in left:
                     continue
                 raise UserError(self.name, f"{site.path} is quantized already", f"Leave it out with skip: [{site.path}].")
+            options = own.get(site.path, SiteOptions())
             reason = "named under skip" if site.path in left else obstacle(model, site.path, site.kind)
             if reason:
                 skipped[site.path] = reason
+            elif options.weights == "float":
+                skipped[site.path] = "float under overrides"
             else:
-                rounds_input = site.kind != "embedding" and self.activations != "none"
-                jobs.append(_Job(site, self._grid(model, site), rounds_input))
+                rounds_input = site.kind != "embedding" and "none" not in (self.activations, options.activations)
+                jobs.append(_Job(site, self._grid(model, site, options.weights), rounds_input))
         if not jobs:
             raise UserError(self.name, "there is nothing to quantize", _first_reason(skipped))
         if self.embeddings is not None:
@@ -253,10 +268,12 @@ class Quantize(Pass):
             chosen |= tables
         return chosen
 
-    def _grid(self, model: nn.Module, site: Site) -> Grid:
-        bits = (self.embeddings or self.weights) if site.kind == "embedding" else self.weights
+    def _grid(self, model: nn.Module, site: Site, bits: Bits | None = None) -> Grid:
+        bits = bits or (site.kind == "embedding" and self.embeddings) or self.weights
         _, columns = matrix_shape(model.get_submodule(site.path), site.kind)
-        granularity: Granularity = self.granularity or ("group" if self.group_size or bits < 8 else "channel")
+        granularity: Granularity = self.granularity or (
+            "group" if bits < 8 or (self.group_size and not self.several) else "channel"
+        )
         if site.kind in ("embedding", "conv2d") and granularity == "group":
             granularity = "channel"
         if site.kind == "embedding" and self.embedding_group_size:
@@ -406,6 +423,15 @@ class Quantize(Pass):
         self, model: nn.Module, context: Context, job: _Job, seen: Seen | None, moment: SecondMoment | None, ties: Ties
     ) -> dict[str, Any]:
         """Replaces one module and says what was done."""
+        layer, says = self._filled(model, job, seen, moment)
+        context.surgery.replace(model, job.site.path, layer)
+        ties.settle(model, context.surgery, job.site.path)
+        return says
+
+    def _filled(
+        self, model: nn.Module, job: _Job, seen: Seen | None, moment: SecondMoment | None
+    ) -> tuple[QuantizedLayer, dict[str, Any]]:
+        """The layer that stands in for one module, with all its numbers, and what was done."""
         path, kind = job.site.path, job.site.kind
         module = model.get_submodule(path)
         weight = weight_of(module, kind)
@@ -425,9 +451,7 @@ class Quantize(Pass):
         mean = seen.mean if seen is not None else None if moment is None else moment.mean
         if self.bias_correction and layer.bias is not None and mean is not None:
             says["bias_correction"] = shift_bias(layer, weight, mean)
-        context.surgery.replace(model, path, layer)
-        ties.settle(model, context.surgery, path)
-        return says
+        return layer, says
 
     def _round(
         self, path: str, layer: QuantizedLayer, weight: Tensor, factor: Tensor | None, moment: SecondMoment | None

@@ -470,3 +470,22 @@ def test_weight_range_mse_is_never_worse() -> None:
                     codes = codes_of(weight, grid, scale, zero_point)
                     losses.append(rounding_loss(weight, codes, grid, scale, zero_point))
                 assert losses[0] >= losses[1]
+
+
+def test_single_sites_may_differ() -> None:
+    overrides = {"mlp.*": 4, "blocks.0.mlp.fc1": "float", "blocks.1.attn.qkv": {"activations": "none"}, "blocks.*.fc2": 8}
+    trial = on_digits(overrides=overrides)
+    layers = {path: module for path, module in trial.after.named_modules() if isinstance(module, QuantLinear)}
+    bits = {path: layer.quantized_weight.grid.bits for path, layer in layers.items()}
+    assert bits.pop("blocks.2.mlp.fc1") == bits.pop("blocks.1.mlp.fc1") == bits.pop("blocks.3.mlp.fc1") == 4
+    assert set(bits.values()) == {8}
+    assert len(bits) == 12
+    assert [path for path, layer in layers.items() if layer.activation is None] == ["blocks.1.attn.qkv"]
+    assert trial.context.report["skipped"] == {"blocks.0.mlp.fc1": "float under overrides"}
+    plain = on_digits(overrides={"*": 8})
+    assert torch.equal(plain.outputs(plain.after), plain.outputs(on_digits().after))
+
+
+def test_an_override_of_nothing_is_refused() -> None:
+    assert "head names no site that is quantized" in str(refused(Quantize(overrides={"head": 4}), *digits()))
+    assert "nope" in str(refused(Quantize(overrides={"nope": 4}), *digits()))
