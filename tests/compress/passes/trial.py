@@ -12,7 +12,7 @@ from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch, Signature, TensorSpec
 from compress.anatomy import Anatomy, find
 from compress.embedded import digits_model, digits_rows
-from compress.passes.contract import Context, Pass
+from compress.passes.contract import Context, Latency, Pass
 from compress.surgery import Surgery
 
 DIGITS = Signature((TensorSpec("pixels", torch.float32, ("batch", 1, 8, 8)),))
@@ -43,12 +43,12 @@ def digits() -> tuple[nn.Module, Signature, list[Batch]]:
     return digits_model().eval(), DIGITS, list(digits_rows("calibration", 48).batches(16))
 
 
-def tried(step: Pass, model: nn.Module, signature: Signature, rows: list[Batch]) -> Trial:
+def tried(step: Pass, model: nn.Module, signature: Signature, rows: list[Batch], latency: Latency | None = None) -> Trial:
     """The pass on a copy of the model."""
     after = copy.deepcopy(model)
     example = {name: tensor[:2] for name, tensor in rows[0].items()}
     anatomy = find(after, signature, example)
-    context = Context(signature, anatomy, lambda: iter(rows), Surgery(), seed=3)
+    context = Context(signature, anatomy, lambda: iter(rows), Surgery(), seed=3, latency=latency)
     after = step.run(after, context)
     return Trial(model, after, signature, anatomy, context, rows)
 
