@@ -17,9 +17,6 @@ import typer
 from calibrate.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from compress.progress import Progress
     from compress.report import Report
 
@@ -149,11 +146,11 @@ def plan(
         print(found.model_dump_json(indent=2))
         return
     from compress.plan_table import render
+    from compress.terminal import console, print_table
 
-    console = _console()
     for part in render(found):
         if isinstance(part, Table):
-            _print_table(console, part)
+            print_table(console(), part)
         else:
             print(part)
 
@@ -249,11 +246,12 @@ def inspect(
 
     _, anatomy = api.inspect(target, trust=trust)
     from compress.inspection import render, to_json
+    from compress.terminal import console
 
     if as_json:
         print(to_json(anatomy))
     else:
-        _console().print(render(anatomy))
+        console().print(render(anatomy))
 
 
 @app.command()
@@ -311,7 +309,8 @@ def passes(as_json: Json = False) -> None:
     Exit codes: 0 done; 2 an installed package adds a pass that cannot be loaded.
     """
     from compress.passes import known_passes
-    from compress.shipped import options, summary
+    from compress.shipped import summary
+    from compress.terminal import console, show_passes
 
     found = known_passes()
     if as_json:
@@ -327,18 +326,7 @@ def passes(as_json: Json = False) -> None:
         ]
         print(json.dumps(described, indent=2))
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    console = _console()
-    for name, entry in found.items():
-        console.print(Text(name, style="bold"))
-        console.print(Text(summary(entry)), soft_wrap=False)
-        console.print(Text(f"Source: {entry.source}", style="dim"))
-        table = Table("option", "values", "default", "", box=None, pad_edge=False)
-        for row in options(entry):
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table, "")
+    show_passes(console(), found)
 
 
 @app.command()
@@ -405,42 +393,16 @@ def _stoppable(line: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    # A table cut to 80 columns in a log or a pipe loses figures.
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=400)
-
-
 def _progress(quiet: bool) -> Progress:
     from compress.progress import LineProgress, LiveProgress, Progress
+    from compress.terminal import console
 
     if quiet:
         return Progress()
-    console = _console(stderr=True)
-    if console.is_interactive and sys.stderr.isatty():  # no dumb terminal, and no log that wants colours
-        return LiveProgress(console)
+    shown = console(stderr=True)
+    if shown.is_interactive and sys.stderr.isatty():  # no dumb terminal, and no log that wants colours
+        return LiveProgress(shown)
     return LineProgress(lambda line: print(line, file=sys.stderr, flush=True))
-
-
-def _print_table(console: Console, table: Table) -> None:
-    """The table, or on a terminal that is too narrow for it the same figures one below the other: none is cut."""
-    from rich.measure import Measurement
-    from rich.text import Text
-
-    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    if wide <= console.width:
-        console.print(table)
-        return
-    names, *figures = table.columns
-    headings = [str(column.header).replace("\n", " ") for column in figures]
-    heading = max(map(len, headings))
-    for number, name in enumerate(names.cells):
-        console.print(Text(str(name), style="bold"))
-        for title, column in zip(headings, figures, strict=True):
-            if cell := str(list(column.cells)[number]).replace("\n", " "):
-                console.print(Text(f"  {title:{heading}}  {cell}"), soft_wrap=True)
 
 
 def _finish(report: Report) -> None:
@@ -452,25 +414,11 @@ def _finish(report: Report) -> None:
 def _show(report: Report) -> None:
     """The table, what was run on what, what was missed, and the verdict."""
     from compress.report import table
+    from compress.terminal import console, lines, print_table
 
-    _print_table(_console(), table(report))
-    machine = report.machine  # a report of another program may lack what ours tell
-    times = f"times on {machine.get('processor', 'a machine that is not told')}, threads: {machine.get('threads', '-')}"
-    if told := report.data.get("validated_on"):
-        print(f"validated on {told}; {times}")
-    elif rows := report.data.get("evaluation"):
-        print(f"{rows.get('rows', '-')} rows of {rows.get('path', '-')} ({rows.get('chosen', '-')}); {times}")
-    for number, step in enumerate(report.steps, 1):
-        if step.worth:
-            print(f"pass {number}, {step.name}: {step.says}")
-        for said in (*step.report.get("ties", []), *(f"{p}: {why}" for p, why in step.report.get("skipped", {}).items())):
-            print(f"{step.name}: {said}")
-    for warning in report.warnings:
-        print(f"warning: {warning}")
-    for limit in report.limits:
-        if not limit.met:
-            print(f"missed: {limit.line}: {limit.says}")
-    print(f"{'met' if report.met else 'not met'}: the contract of the recipe" if report.limits else "no contract was checked")
+    print_table(console(), table(report))
+    for line in lines(report):
+        print(line)
 
 
 if __name__ == "__main__":

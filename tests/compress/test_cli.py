@@ -17,6 +17,7 @@ from compress.passes import known_passes
 from compress.progress import LineProgress, LiveProgress, Progress
 from compress.report import Limit, Report
 from compress.shipped import find_recipe, recipes_folder, shipped_recipes
+from compress.terminal import print_table
 
 COMMANDS = ("apply", "plan", "inspect", "validate", "report", "passes", "schema", "recipes")
 
@@ -243,8 +244,8 @@ def test_a_narrow_terminal_cuts_no_figure() -> None:
     table = Table("", *(f"figure {number}" for number in range(8)))
     table.add_row("onnx", *(f"0.{number}234567 [0.1, 0.2]" for number in range(7)), "")
     narrow, wide = (Console(record=True, width=width) for width in (60, 400))
-    cli._print_table(narrow, table)
-    cli._print_table(wide, table)
+    print_table(narrow, table)
+    print_table(wide, table)
     for text in (narrow.export_text(), wide.export_text()):
         assert all(f"0.{number}234567 [0.1, 0.2]" in text for number in range(7))
         assert "figure 0" in text
