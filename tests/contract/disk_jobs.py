@@ -5,33 +5,20 @@ The disk is a tmpfs. Root mounts it as it is; others run this program under ``un
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
+
+from called import called
 
 __all__ = ["main"]
 
 
 def command(*arguments: str) -> dict[str, Any]:
-    from compress import cli
-
-    out, err = io.StringIO(), io.StringIO()
-    sys.argv = ["compress", *arguments]
-    code = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            code = -1
-    return {"code": code, "printed": out.getvalue(), "told": err.getvalue()}
+    code, printed, told = called(*arguments)
+    return {"code": code, "printed": printed, "told": told}
 
 
 def unfinished(folder: Path) -> list[str]:

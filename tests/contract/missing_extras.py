@@ -6,13 +6,12 @@ lacks, in a process of its own, forked from one that has imported torch.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
+
+from called import called
 
 __all__ = ["main"]
 
@@ -25,23 +24,6 @@ def linked(installed: Path, into: Path, leave_out: list[str]) -> Path:
         if name.lower().replace("-", "_").partition(".")[0] not in leave_out:
             (into / entry.name).symlink_to(entry)
     return into
-
-
-def carried_out(arguments: list[str]) -> tuple[int, str, str]:
-    from compress import cli
-
-    out, err = io.StringIO(), io.StringIO()
-    sys.argv = ["compress", *arguments]
-    code = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = int(left.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            code = -1
-    return code, out.getvalue(), err.getvalue()
 
 
 def main(path: str) -> None:
@@ -58,7 +40,7 @@ def main(path: str) -> None:
         if not child:
             sys.path.append(str(linked(installed, scratch / f"without-{number}", job["without"])))
             sys.path_importer_cache.clear()
-            answer = carried_out(job["arguments"])
+            answer = called(*job["arguments"])
             (scratch / f"answer-{number}.json").write_text(json.dumps(answer))
             os._exit(0)
         os.waitpid(child, 0)
