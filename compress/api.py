@@ -113,7 +113,13 @@ def extract(
 
     asked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if value is not None}
     recipe, folder = extracting(Path(run), None if out is None else Path(out), asked)
-    return apply(recipe, folder, trust=trust, evaluate=evaluate, fresh=fresh, progress=progress)
+    try:
+        return apply(recipe, folder, trust=trust, evaluate=evaluate, fresh=fresh, progress=progress)
+    except UserError as error:
+        made = folder / "recipe.yaml"
+        if not made.is_file():  # nothing was begun: a place in it would lead nowhere
+            error.where = re.sub(rf"{re.escape(str(made))}(:\d+)*", f"the recipe of {run}", error.where)
+        raise
 
 
 def inspect(target: Recipe | str | Path, *, trust: bool = False) -> tuple[Source, Anatomy]:

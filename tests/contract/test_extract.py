@@ -188,6 +188,7 @@ def test_what_the_run_was_made_of_must_be_there(home: Path, tmp_path: Path, told
     (tmp_path / "mine.py").rename(tmp_path / "theirs.py")
     code, _, errors = told("extract", tmp_path / "runs/mine", "--width", "0.5", "--quiet", "--trust")
     assert code == 2
+    assert errors.startswith(f"the recipe of {tmp_path / 'runs/mine'}: ")
     assert "mine.py" in errors
     changed = (tmp_path / "theirs.py").read_text().replace("return digits_model()", "torch.manual_seed(0)\n    return other()")
     changed = changed.replace(
