@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
@@ -17,13 +17,18 @@ from compress.passes.contract import Context, Pass, Target
 from compress.rehearsal import stand_in
 from compress.slicing import slice_units
 from compress.surgery import Surgery
+from compress.timed_choice import chosen_by_time
 from compress.unit_costs import unit_bytes, whole_cost
 from compress.unit_scores import scored
 from compress.units import Units, Unseparable, find_units
+from compress.width_counts import counted, numbered
 from compress.width_repair import repair_behind
 from compress.width_search import Group, TooSmall, choose
 
 __all__ = ["PruneWidth"]
+
+_NOISE = 0.02
+"""Of a measured ratio, by which the smallest one that is named may be off."""
 
 
 class PruneWidth(Pass):
@@ -32,9 +37,11 @@ class PruneWidth(Pass):
     OPTIN (Khaki & Plataniotis 2024, arXiv 2403.17921): a unit's score is its trajectory error, the change of the outputs of the
     blocks from its own on and of the logits when it is switched off (sec. 3.2); units are ranked over all blocks by score per
     cost, and the cheapest set that meets the budget goes (sec. 3.3). The paper's code weights heads and neurons by their number
-    in the layer; this does not. Units leave for good: the weights get smaller, an emptied sublayer keeps its bias only. Query
-    heads that share keys and values go together. What is left is repaired without labels: each following projection gets the
-    least-squares weights for the outputs it had before, first block first, kept where held-out calibration rows agree.
+    in the layer; this does not. With ``latency_ratio`` the cost is time: files of the model with a few widths of each kind of
+    block are timed, the chosen set is timed before it is taken, and the budget is corrected by that. Units leave for good: the
+    weights get smaller, an emptied sublayer keeps its bias only. Query heads that share keys and values go together. What is left
+    is repaired without labels: each following projection gets the least-squares weights for the outputs it had before, first
+    block first, kept where held-out calibration rows agree.
     """
 
     name: ClassVar[str] = "prune_width"
@@ -42,9 +49,19 @@ class PruneWidth(Pass):
     needs_calibration: ClassVar[bool] = True
 
     macs: float | None = Field(
-        None, gt=0, le=1, description="Share of the blocks' multiply-accumulates that stays. Name this or size_ratio."
+        None, gt=0, le=1, description="Share of the blocks' multiply-accumulates that stays. Name one of the first four options."
     )
     size_ratio: float | None = Field(None, gt=0, le=1, description="Share of the model's bytes in memory that stays.")
+    latency_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the time that stays of the model as it is at this pass: measured in the first format that can be "
+        "timed here, at the first batch size of measure. Times vary: another run may keep other units.",
+    )
+    stay: dict[Literal["heads", "neurons"], list[NonNegativeInt | None]] = Field(
+        {}, description="How many heads and neurons stay, block by block; null where none can go. Runs tell their own numbers."
+    )
     heads: bool = Field(True, description="Whether attention heads may go.")
     neurons: bool = Field(True, description="Whether neurons of the MLPs may go.")
     round_to: int = Field(16, ge=1, le=1024, description="Neurons that stay in a block are a multiple of it, as kernels like.")
@@ -58,8 +75,9 @@ class PruneWidth(Pass):
 
     @model_validator(mode="after")
     def _whole(self) -> PruneWidth:
-        if (self.macs is None) == (self.size_ratio is None):
-            raise ValueError("name one of macs and size_ratio\nFor example macs: 0.7")
+        given = [name for name in ("macs", "size_ratio", "latency_ratio", "stay") if getattr(self, name) not in (None, {})]
+        if len(given) != 1:
+            raise ValueError("name one of macs, size_ratio, latency_ratio and stay\nFor example macs: 0.7")
         if not (self.heads or self.neurons):
             raise ValueError("heads and neurons are both false: nothing may go\nLeave one of them true.")
         return self
@@ -67,6 +85,16 @@ class PruneWidth(Pass):
     @property
     def calibrates(self) -> bool:
         return self.score == "trajectory" or self.repair
+
+    @property
+    def timed(self) -> str:
+        return "" if self.latency_ratio is None else f"latency_ratio, macs: {self.latency_ratio:g}"
+
+    @property
+    def assumes(self) -> str:
+        if self.latency_ratio is None:
+            return ""
+        return f"what latency_ratio takes is measured by the run; planned as macs: {self.latency_ratio:g}"
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
         if self._ratio == 1:
@@ -88,7 +116,7 @@ class PruneWidth(Pass):
             return
         units, _ = self._units(model, anatomy)
         alike = [torch.arange(len(one), dtype=torch.float64) / len(one) * self._cost(model, one) for one in units]
-        gone = self._choice(model, anatomy, units, alike)
+        gone = self._choice(model, anatomy, units, alike, rehearsed=True)
         signature, example = anatomy.traced
         _take_out(model, surgery, signature, example, units, gone)
 
@@ -99,10 +127,11 @@ class PruneWidth(Pass):
             context.report |= {"gone": [], "kept_share": 1.0, "skipped": {}}
             return model
         units, skipped = self._units(model, anatomy)
-        whole = whole_cost(model, anatomy, macs=self.macs is not None)
+        whole = whole_cost(model, anatomy, macs=self._macs)
         with frozen(model):
             scores = scored(model, context, units, self.score, self.rows)
-            gone = self._choice(model, anatomy, units, scores)
+            by_time = self.latency_ratio is not None
+            gone = self._in_time(model, context, units, scores) if by_time else self._choice(model, anatomy, units, scores)
             original = stand_in(model) if self.repair else None
             signature, example = anatomy.traced
             _take_out(model, context.surgery, signature, example, units, gone, context)
@@ -110,13 +139,19 @@ class PruneWidth(Pass):
             if original is not None:
                 touched = [one.sink for one, numbers in zip(units, gone, strict=True) if numbers]
                 context.report["repair"] = repair_behind(model, original, context, touched)
-            after = find(model, signature, example) if self.macs is not None else anatomy
-            context.report["kept_share"] = whole_cost(model, after, macs=self.macs is not None) / whole
+            after = find(model, signature, example) if self._macs else anatomy
+            context.report["kept_share"] = whole_cost(model, after, macs=self._macs) / whole
         return model
 
     @property
     def _ratio(self) -> float:
-        return self.macs if self.macs is not None else self.size_ratio or 1.0
+        """What stays, as a share; 0 where ``stay`` counts it."""
+        return next((share for share in (self.macs, self.size_ratio, self.latency_ratio) if share is not None), 0.0)
+
+    @property
+    def _macs(self) -> bool:
+        """Whether what stays is counted in multiply-accumulates, else in bytes."""
+        return self.size_ratio is None
 
     def _numbers(self, anatomy: Anatomy) -> set[int]:
         """Indices of the blocks that may lose units.
@@ -157,23 +192,64 @@ class PruneWidth(Pass):
 
     def _cost(self, model: nn.Module, units: Units) -> float:
         """Of one unit: its FLOPs, or its bytes."""
-        return units.flops if self.macs is not None else unit_bytes(model, units)
+        return units.flops if self._macs else unit_bytes(model, units)
 
-    def _choice(self, model: nn.Module, anatomy: Anatomy, units: list[Units], scores: Sequence[Tensor]) -> list[list[int]]:
+    def _groups(self, model: nn.Module, units: list[Units], scores: Sequence[Tensor]) -> list[Group]:
         groups = []
         for one, score in zip(units, scores, strict=True):
             step = self.round_to if one.kind == "neuron" else 1
             stays = isinstance(model.get_submodule(one.sink), nn.Conv2d)
             groups.append(Group(score, self._cost(model, one), step, min(step, len(one)) if stays else 0))
-        total = whole_cost(model, anatomy, macs=self.macs is not None)
-        loose = total - sum(len(group.scores) * group.cost for group in groups)
+        return groups
+
+    def _choice(
+        self, model: nn.Module, anatomy: Anatomy, units: list[Units], scores: Sequence[Tensor], *, rehearsed: bool = False
+    ) -> list[list[int]]:
+        """Numbers of the units that go, for each of ``units``, by MACs or bytes, or as counted by ``stay``."""
+        groups = self._groups(model, units, scores)
+        if self.stay:
+            counts = counted(self.stay, units, len(anatomy.blocks), self.name)
+            return [sorted(group.ranked[:count]) for group, count in zip(groups, counts, strict=True)]
+        total = whole_cost(model, anatomy, macs=self._macs)
+        loose = total - sum(group.costs(len(group.scores)) for group in groups)
         try:
             return choose(groups, loose, self._ratio * total)
         except TooSmall as error:
+            if rehearsed and self.latency_ratio is not None:
+                return choose(groups, loose, error.least * (1 + 1e-9))
             option = "macs" if self.macs is not None else "size_ratio"
-            least = error.least / total
-            what = f"{option}: {self._ratio:g} is less than what stays in any case, {least:.4f}"
-            raise UserError(self.name, what, f"Ask for {_up(least)} or more, or let more blocks and parts lose units.") from None
+            raise self._too_small(option, f"{error.least / total:.4f}", _up(error.least / total)) from None
+
+    def _too_small(self, option: str, least: str, enough: float) -> UserError:
+        what = f"{option}: {self._ratio:g} is less than what stays in any case, {least}"
+        return UserError(self.name, what, f"Ask for {enough} or more, or let more blocks and parts lose units.")
+
+    def _in_time(self, model: nn.Module, context: Context, units: list[Units], scores: Sequence[Tensor]) -> list[list[int]]:
+        """Numbers of the units that go, for each of ``units``, by measured time; tells of it, and how to get the same again."""
+        ratio = self.latency_ratio or 1.0
+        if context.latency is None:
+            raise UserError(self.name, "latency_ratio is measured, and no file can be timed here", f"Write macs: {ratio:g}.")
+        signature, example = context.anatomy.traced
+
+        def make(gone: list[list[int]]) -> nn.Module:
+            trial = stand_in(model)
+            _take_out(trial, Surgery(), signature, example, units, gone)
+            return trial
+
+        groups = self._groups(model, units, scores)
+        try:
+            gone, told = chosen_by_time(units, groups, ratio, make, context.latency, context.progress)
+        except TooSmall as error:
+            raise self._too_small("latency_ratio", f"about {error.least:.3f}", _up(error.least + _NOISE)) from None
+        stay = numbered(units, gone, len(context.anatomy.blocks))
+        options = self.model_dump(mode="json", exclude={"latency_ratio", "stay"}, exclude_defaults=True)
+        context.report |= {"latency": told, "same_again": {self.name: {"stay": stay, **options}}}
+        written = ", ".join(f"{name}: {numbers}" for name, numbers in stay.items()).replace("None", "null")
+        again = f"chosen by measured times, which vary between runs; the same units go again with stay: {{{written}}}"
+        context.report["warnings"] = [again]
+        if not told["met"]:
+            context.report["warnings"].append(f"latency_ratio: {ratio:g} was not reached: {told['measured']:g} was measured")
+        return gone
 
 
 def _take_out(
