@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from calibrate.modes import evaluating
 from compress.anatomy import Anatomy, Block, Site
 from compress.layers import Absent
 from compress.layers.conversion import matrix_shape, obstacle
-from compress.passes.contract import evaluating
 from compress.residual_stream import Path, follow
 from compress.surgery import Surgery
 
