@@ -14,8 +14,8 @@ from calibrate.errors import UserError
 from calibrate.fidelity import Estimate
 from calibrate.losses import Loss, loss_for
 from calibrate.metrics import Metric
+from calibrate.modes import evaluating
 from calibrate.signature import Batch
-from compress.passes.contract import evaluating
 
 __all__ = ["Judged", "Validation"]
 

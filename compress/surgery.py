@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from compress.layers import TopKAttention
 
 __all__ = ["Edit", "Surgery", "parent_of"]
 
@@ -17,7 +21,8 @@ class Edit:
     the children ``config["indices"]`` of the list at ``path``, or ``set`` the attribute ``config["name"]`` (plain JSON
     values only) of the module at ``path``; ``share``: the module at ``path`` becomes the one at ``config["with"]``;
     ``narrow``: the tensor ``config["name"]`` of the module at ``path`` keeps ``config["size"]`` entries of its axis
-    ``config["axis"]``."""
+    ``config["axis"]``; ``attach``: a layer of ``compress.layers`` made from ``config`` acts on the forward of the module at
+    ``path``."""
 
     verb: str
     path: str
@@ -83,6 +88,12 @@ class Surgery:
             setattr(module, name, smaller)
         self.edits.append(Edit("narrow", path, config={"name": name, "axis": axis, "size": len(kept)}))
 
+    def attach(self, model: nn.Module, path: str, layer: TopKAttention) -> list[RemovableHandle]:
+        """Lets ``layer`` act on the forward of the module at ``path``; returns what takes it off again."""
+        handles = layer.attach(model.get_submodule(path))
+        self.edits.append(Edit("attach", path, type(layer).__name__, layer.config()))
+        return handles
+
     def replay(self, model: nn.Module, edits: list[Edit]) -> None:
         """Does recorded edits again on a fresh model of the original architecture; tensors are loaded afterwards.
 
@@ -103,6 +114,8 @@ class Surgery:
                 self.share(model, edit.path, config["with"])
             elif edit.verb == "narrow":
                 self.narrow(model, edit.path, config["name"], config["axis"], list(range(config["size"])))
+            elif edit.verb == "attach":
+                self.attach(model, edit.path, compress.layers.TopKAttention.from_config(config))
             elif edit.verb == "set":
                 self.set(model, edit.path, config["name"], config["value"])
             else:

@@ -3,6 +3,7 @@
 from compress.layers.absent import Absent
 from compress.layers.attention import SplitAttention, split_attention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
+from compress.layers.topk_attention import TopKAttention
 
 __all__ = [
     "Absent",
@@ -12,6 +13,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "SplitAttention",
+    "TopKAttention",
     "is_quantized",
     "split_attention",
 ]

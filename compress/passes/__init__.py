@@ -13,10 +13,11 @@ from compress.passes.extract_width import ExtractWidth
 from compress.passes.nest_widths import NestWidths
 from compress.passes.prune_width import PruneWidth
 from compress.passes.quantize import Quantize
+from compress.passes.topk_attention import TopkAttention
 
 __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
-PASSES: tuple[type[Pass], ...] = (Quantize, DropLayers, PruneWidth, NestWidths, ExtractWidth)
+PASSES: tuple[type[Pass], ...] = (Quantize, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention)
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 
 

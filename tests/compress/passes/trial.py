@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from calibrate.fidelity import sqnr_db
+from calibrate.metrics import metric
 from calibrate.signature import Batch, Signature, TensorSpec
 from compress.anatomy import Anatomy, find
 from compress.embedded import digits_model, digits_rows
+from compress.labelled import Validation
 from compress.passes.contract import Context, Latency, Pass
 from compress.surgery import Surgery
 
@@ -43,12 +46,26 @@ def digits() -> tuple[nn.Module, Signature, list[Batch]]:
     return digits_model().eval(), DIGITS, list(digits_rows("calibration", 48).batches(16))
 
 
-def tried(step: Pass, model: nn.Module, signature: Signature, rows: list[Batch], latency: Latency | None = None) -> Trial:
+def judge(rows: int, seed: int = 0) -> Validation:
+    """Judges a digits model by labelled rows of its validation split."""
+    labelled = digits_rows("validation", rows, seed)
+    batches = functools.partial(labelled.batches, 64)
+    return Validation.of(labelled, "image-classification", metric("accuracy"), DIGITS.call, batches)
+
+
+def tried(
+    step: Pass,
+    model: nn.Module,
+    signature: Signature,
+    rows: list[Batch],
+    latency: Latency | None = None,
+    validation: Validation | None = None,
+) -> Trial:
     """The pass on a copy of the model."""
     after = copy.deepcopy(model)
     example = {name: tensor[:2] for name, tensor in rows[0].items()}
     anatomy = find(after, signature, example)
-    context = Context(signature, anatomy, lambda: iter(rows), Surgery(), seed=3, latency=latency)
+    context = Context(signature, anatomy, lambda: iter(rows), Surgery(), seed=3, latency=latency, validation=validation)
     after = step.run(after, context)
     return Trial(model, after, signature, anatomy, context, rows)
 
