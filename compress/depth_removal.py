@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from calibrate.errors import UserError
 from calibrate.signature import Batch
 from compress.accuracy_driven import Driver
+from compress.block_distillation import distil_blocks
 from compress.depth import Sublayer
 from compress.depth_choice import Candidate, Candidates, measure, one_shot, run_of_blocks
 from compress.depth_refit import Original, refit
 from compress.depth_repair import Judge, finite, keep_constants, parted
 from compress.greedy import Greedy
+from compress.output_scores import OutputNoise, choose_by_output, first_rows
 from compress.passes.contract import Context
 from compress.whereabouts import Whereabouts
 
@@ -128,6 +130,8 @@ class Removal:
         self.skipped = candidates.others
         if not count:
             return [], {}
+        if self.options.score == "output":
+            return self._by_output(candidates, count), {}
         if self.options.method == "consecutive":
             seed = self.context.seed if self.options.score == "random" else None
             chosen, gaps = run_of_blocks(
@@ -137,6 +141,19 @@ class Removal:
             self._gone(chosen)
             return chosen, {}
         return self._rounds(candidates, count)
+
+    def _by_output(self, candidates: Candidates, count: int) -> list[Candidate]:
+        """Those without which the output changes least, and what was measured for it."""
+        options, context = self.options, self.context
+        batches = first_rows([*self.fit, *self.held], options.rows)
+        paths = [block.path for block in context.anatomy.blocks]
+        measure = OutputNoise(self.model, context.call, batches, paths, context.progress)
+        chosen, told = choose_by_output(measure, candidates, count, options.method)
+        context.report |= told
+        if self.judge and any(one.sublayer for one in chosen):
+            self._measured(chosen, [one.key for one in chosen])
+        self._gone(chosen)
+        return chosen
 
     def _rounds(self, candidates: Candidates, count: int) -> tuple[list[Candidate], dict[str, float]]:
         """One round that takes all, or one for each."""
@@ -209,7 +226,18 @@ class Removal:
         told: dict[str, Any] = {"rows": self.judge.rows, "sqnr_db_before": finite(bare), "sqnr_db_after": finite(after)}
         no_place = [one.sink for one in sublayers if not one.constant]
         told |= {"refitted": refitted}
+        if self.options.distill and edits:
+            told["distillation"] = self._distilled()
         return {**told, "constants": self.kept, "not_better": [p for p in places if p not in self.kept], "no_place": no_place}
+
+    def _distilled(self) -> dict[str, Any]:
+        assert self.original is not None
+        edits = self.context.edits[self.start :]
+        whole = [block.path for block in self.context.anatomy.blocks]
+        where = Whereabouts.of(self.original.model, whole)
+        left = {now: path for path in whole if (now := where.after(path, edits)) is not None}
+        rows = (self.fit, self.held)
+        return distil_blocks(self.model, self.original.model, self.context, rows, self.options.distill, left)
 
     def _without(self) -> float:
         """The level on the held-out rows with all constants at zero."""

@@ -66,6 +66,11 @@ class Restart:
         """Runs one more batch and remembers it."""
         self._records.append(_recorded(self._model, self._call, self._paths, batch))
 
+    def begin(self, batch: Batch) -> None:
+        """Forgets all batches but this one, which is run."""
+        self._records = []
+        self.add(batch)
+
     def reference(self, number: int) -> Run:
         record = self._records[number]
         return Run({path: first_tensor(calls[0]) for path, calls in record.calls.items()}, record.output)

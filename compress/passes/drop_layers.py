@@ -26,7 +26,9 @@ class DropLayers(Pass):
     With ``count`` or ``ratio`` the parts with the highest similarity go: the mean over tokens of the cosine between the
     residual stream before and after the part (He et al. 2024, arXiv 2406.15786, sec. 3). ``one_shot`` measures once,
     ``iterative`` again after each removal, ``consecutive`` takes the run of neighbouring blocks across which the stream
-    changes least.
+    changes least. With ``score: output`` those go without which the model's own output changes least, measured with the parts
+    switched off, singly or, as ``iterative``, together with those that are gone; ``search`` looks for the best set, and tries
+    all where they are few.
 
     Blocks are numbered as ``compress inspect`` prints them, from 0; negative numbers count from the end. A dropped block
     leaves its list, and the positions that the others keep (for key-value caches) and the counts in the model's config
@@ -39,7 +41,8 @@ class DropLayers(Pass):
 
     With ``repair`` the mean of what a sublayer added on the calibration rows stays as a bias, and the next projection that
     adds to the stream is fitted by least squares so that the stream behind it is what it was; each only where the model's
-    output on rows held out gets nearer to what it was.
+    output on rows held out gets nearer to what it was. With ``distill`` what is left of the blocks is then trained, without
+    labels, until their outputs and the model's are what they were; that too stays only where the held-out rows agree.
     """
 
     name: ClassVar[str] = "drop_layers"
@@ -53,20 +56,32 @@ class DropLayers(Pass):
         description="What is chosen from; both: attention and MLP sublayers together. By default attention, and both where "
         "accuracy_driven chooses.",
     )
-    count: Annotated[int, Field(gt=0)] | None = Field(None, description="How many go; the similarity chooses which.")
+    count: Annotated[int, Field(gt=0)] | None = Field(None, description="How many go; the score chooses which.")
     ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
         None, description="The share that goes, instead of count; the number is rounded to the nearest."
     )
-    method: Literal["one_shot", "consecutive", "iterative"] = Field(
+    method: Literal["one_shot", "consecutive", "iterative", "search"] = Field(
         "one_shot",
-        description="one_shot: all at once; iterative: measured again after each; "
-        "consecutive: neighbouring blocks (sublayers: block).",
+        description="one_shot: all at once; iterative: measured again after each; consecutive: neighbouring blocks "
+        "(sublayers: block); search: the best set (score: output).",
     )
-    score: Literal["similarity", "random"] = Field("similarity", description="random: a seeded choice, as a control.")
+    score: Literal["similarity", "output", "random"] = Field(
+        "similarity",
+        description="similarity: of the residual stream before and after; output: what the model gives without them; "
+        "random: a seeded choice, as a control.",
+    )
+    rows: int = Field(128, ge=1, description="Calibration rows that score: output looks at.")
     repair: bool | None = Field(
         None,
         description="Keep the mean that a sublayer added as a bias and refit the next projection, where held-out rows say "
         "that it helps; by default with count and ratio. Reads calibration rows.",
+    )
+    distill: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="After the repair: how often each calibration row is seen by a training, without labels, of the blocks that "
+        "are left, so that they give what they gave. It wants 1000 rows or more; 0: no training.",
     )
 
     accuracy_driven: bool = Field(
@@ -116,6 +131,11 @@ class DropLayers(Pass):
             raise ValueError("count and ratio both say how many\nKeep one of them.")
         if self.method == "consecutive" and self.sublayers != "block":
             raise ValueError("consecutive takes neighbouring blocks\nWrite sublayers: block, or another method.")
+        if self.method == "search" and self.score != "output":
+            raise ValueError("search looks at the model's output\nWrite score: output, or another method.")
+        if self.distill and (self.repair is False or self.accuracy_driven):
+            without = "accuracy_driven: true" if self.accuracy_driven else "repair: false"
+            raise ValueError(f"distill does not go with {without}\nTake one of them out.")
         return self
 
     @property
@@ -124,11 +144,11 @@ class DropLayers(Pass):
 
     @property
     def repairs(self) -> bool:
-        return self.chooses if self.repair is None else self.repair
+        return self.chooses or bool(self.distill) if self.repair is None else self.repair
 
     @property
     def calibrates(self) -> bool:
-        return self.repairs or (self.chooses and self.score == "similarity")
+        return self.repairs or (self.chooses and self.score != "random")
 
     @property
     def validates(self) -> bool:

@@ -1,0 +1,84 @@
+"""What is left of a model is trained, without labels, until its blocks and its output give again what the original gave."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibrate.signature import Batch
+from compress.depth_repair import Judge, finite
+from compress.distillation import Course, Lesson, distil
+from compress.passes.contract import Context
+
+__all__ = ["distil_blocks"]
+
+_RATE = 0.004
+"""Of Adam, in root mean squares of a weight of the blocks (their median): a step moves no weight by more."""
+_ROWS = 16
+
+
+def distil_blocks(
+    model: nn.Module,
+    original: nn.Module,
+    context: Context,
+    rows: tuple[Sequence[Batch], Sequence[Batch]],
+    epochs: int,
+    blocks: Mapping[str, str],
+) -> dict[str, Any]:
+    """Trains what the blocks hold until their outputs, and the model's, are those that the original gives for the rows.
+
+    The parameters stay only if the model's output on held-out rows gets nearer to the original's; they are replaced, not written
+    into, so that another model that shares them keeps its own. Quantized weights, those that are shared with what is outside the
+    blocks, and all that are not float32 stay as they are.
+
+    Args:
+        rows: to learn from, and held out.
+        epochs: times that each row to learn from is seen.
+        blocks: path of each block in the model -> its path in the original.
+
+    Returns:
+        What there is to report.
+    """
+    names = _trainable(model, list(blocks))
+    if not names:
+        return {"because": "no block has a float32 weight to train"}
+    places = {path: (path.rpartition(".")[0], path.rpartition(".")[2]) for path in names}
+    old = {path: model.get_submodule(owner)._parameters[name] for path, (owner, name) in places.items()}
+    judge = Judge(original, context.call, rows[1])
+    before = judge.sqnr_db(model)
+    lesson = Lesson(original, context.call, rows, blocks, "features", _ROWS)
+    matrices = [model.get_parameter(name) for name in names if model.get_parameter(name).dim() > 1]
+    rate = _RATE * statistics.median(map(_size, matrices))
+    course = Course(epochs=epochs, rows=_ROWS, seed=context.seed)
+    taught = distil(model, context.call, lesson, dict.fromkeys(names, rate), list(blocks), course, context.progress)
+    after = judge.sqnr_db(model)
+    told: dict[str, Any] = {"epochs": epochs, "rate": rate, "sqnr_db_before": finite(before), "sqnr_db_after": finite(after)}
+    if not after > before and taught.best_step:
+        for path, (owner, name) in places.items():
+            model.get_submodule(owner)._parameters[name] = old[path]
+        told |= {"sqnr_db_after": finite(before), "undone": "the model's outputs on the held-out rows were nearer without it"}
+    return told | {"training": taught.json()}
+
+
+def _trainable(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Names of the parameters that only the blocks hold; none where they hold no matrix."""
+    inside = {
+        id(parameter): f"{path}.{name}"
+        for path in reversed(blocks)
+        for name, parameter in reversed(list(model.get_submodule(path).named_parameters()))
+        if parameter.dtype == torch.float32
+    }
+    within = tuple(f"{path}." for path in blocks)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(within):
+            inside.pop(id(parameter), None)
+    names = list(inside.values())[::-1]
+    return names if any(model.get_parameter(name).dim() > 1 for name in names) else []
+
+
+def _size(parameter: nn.Parameter) -> float:
+    return float(parameter.detach().double().square().mean().sqrt())
