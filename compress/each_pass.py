@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from compress import manifest
 from compress.checks import placed
-from compress.judgement import Judge, Promise
+from compress.judgement import Judge
+from compress.promise import Promise
 from compress.report import Row, StepRecord
 from compress.worth import Standing, measured, paid, says
 from export.contract import Artifact

@@ -13,68 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibrate.fidelity import Fidelity
 from calibrate.latency import Timing, interleave, processor_name
 from calibrate.signature import Batch
-from compress.report import Audit, Check, Figure, Latency, Row
+from compress.figures import agreement, decibels, figure
+from compress.promise import Promise, described
+from compress.report import Check, Figure, Latency, Row
 from export.contract import Artifact, Exporter, Runner
-from export.graph import Traceable
-from export.validate import Checked, Evaluated, Outputs, Rows, audit, evaluate, metamorphic, run_rows
+from export.validate import Checked, Evaluated, Outputs, Rows, evaluate, metamorphic, run_rows
 
 if TYPE_CHECKING:
-    from calibrate.metrics import Estimate, Metric
+    from calibrate.metrics import Metric
     from compress.recipe import Measure
 
-__all__ = ["Judge", "Promise", "agreement", "decibels", "figure", "unjudged"]
+__all__ = ["Judge"]
 
-_WORST_DB = -999.0
-_LARGEST = 1e9
 _STATISTICS = "float-statistics.npy"
 _TIMES = ("median_ms", "low_ms", "high_ms")
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What a compressed model promises of every file that is written from it.
-
-    Attributes:
-        codes: signed codes (int8), by module path, of every quantized layer that the model's output depends on.
-        dynamic_activations: whether some activation grid is made from the batch itself.
-    """
-
-    codes: dict[str, np.ndarray[Any, Any]]
-    dynamic_activations: bool
-
-    @classmethod
-    def of(cls, source: Traceable) -> Promise:
-        """Reads it from the model and its traced graph."""
-        from compress.layers import ActivationGrid, Codes
-
-        reached = source.reached()
-        codes = {
-            path.removesuffix(".quantized_weight"): module.integers().numpy()
-            for path, module in source.model.named_modules(remove_duplicate=False)
-            if isinstance(module, Codes) and f"{path}.codes" in reached
-        }
-        grids = (module for module in source.model.modules() if isinstance(module, ActivationGrid))
-        return cls(codes, any(grid.kind == "dynamic" for grid in grids))
-
-
-def figure(name: str, estimate: Estimate) -> Figure:
-    """An estimate as a figure of the report, in numbers that JSON has: what is not finite (the perplexity of a model that gives
-    NaN) becomes the largest figure told, a difference of two such 0, an end of their interval none."""
-    return Figure(
-        name=name,
-        value=_told(estimate.value) or 0.0,
-        low=_told(estimate.low),
-        high=_told(estimate.high),
-        rows=estimate.rows,
-        method=estimate.method,
-    )
-
-
-def _told(value: float) -> float | None:
-    return None if math.isnan(value) else min(max(value, -_LARGEST), _LARGEST)
 
 
 @dataclass
@@ -165,7 +119,7 @@ class Judge:
             before: what another file gave, by label; the fidelity to it is found too, under ``before``.
             kept: takes what this file gave, by label, with its outputs.
         """
-        known = _described(exporter, artifact, promise, self.folder, self.floats.get(exporter.format))
+        known = described(exporter, artifact, promise, self.folder, self.floats.get(exporter.format))
         known["details"]["run_in_float"] = exporter.kept_float(artifact.path)
 
         def opened(label: str, runner: Runner) -> Row:
@@ -218,10 +172,10 @@ class Judge:
         before: Outputs | None,
         kept: dict[str, Evaluated] | None,
     ) -> Row:
-        described = {"label": label, **known}
+        told = {"label": label, **known}
         try:
             if runner.how == "none":
-                return Row(**described, validated="none", runtime=runner.runtime, note=runner.runtime)
+                return Row(**told, validated="none", runtime=runner.runtime, note=runner.runtime)
             references = {"float": self.float_outputs, "compressed": self.compressed_outputs, "before": before}
             found = self._evaluate(run_rows(runner), references, None if kept is None else Outputs(folder=self.folder), label)
             if kept is not None:
@@ -231,7 +185,7 @@ class Judge:
             latency = self._latency(label, runner, exporter, self.floats.get(exporter.format)) if runner.measurable else []
             return self._figures(
                 found,
-                **described,
+                **told,
                 validated=runner.how,
                 runtime=runner.runtime,
                 checks=[Check(**vars(check)) for check in checked],
@@ -333,41 +287,7 @@ def _keep(values: Tensor, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _described(
-    exporter: Exporter, artifact: Artifact, promise: Promise, folder: Path, baseline: Artifact | None
-) -> dict[str, Any]:
-    """What is known of a file without running it; raises ``LostInExport`` where its integers are not the model's."""
-    audited = audit(promise.codes, exporter.contents(artifact.path), str(artifact.path))
-    return {
-        "format": exporter.format,
-        "path": artifact.path.relative_to(folder).as_posix(),
-        "size_bytes": artifact.size_bytes,
-        "size_ratio": artifact.size_bytes / baseline.size_bytes if baseline else None,
-        "audit": Audit(**vars(audited)),
-        "details": dict(artifact.details),
-    }
-
-
-def unjudged(exporter: Exporter, artifact: Artifact, promise: Promise, folder: Path) -> Row:
-    """The row of a file that was written and audited but, as asked, not run."""
-    described = _described(exporter, artifact, promise, folder, None)
-    return Row(label=exporter.format, **described, validated="none", note="evaluation was switched off")
-
-
-def agreement(fidelity: Fidelity | None) -> Figure | None:
-    """The share of rows with the same answer; None where there are no classes."""
-    estimate = fidelity.agreement_estimate if fidelity is not None else None
-    return figure("agreement", estimate) if estimate else None
-
-
 def _finite_outputs(found: Evaluated) -> Checked:
     """Fails a file that gave NaN or infinity on any row; its SQNR has no number then."""
     finite = all(fidelity.sqnr_db != -math.inf for fidelity in found.fidelity.values())
     return Checked("outputs are finite", finite, "" if finite else "NaN or infinity in the outputs")
-
-
-def decibels(fidelity: Fidelity | None) -> float | None:
-    """The SQNR as JSON can hold it: None where the outputs are equal, and the lowest number for what is not finite."""
-    if fidelity is None or fidelity.sqnr_db == math.inf:
-        return None
-    return max(fidelity.sqnr_db, _WORST_DB)

@@ -25,10 +25,11 @@ from compress.datasets import Data, load_data
 from compress.each_pass import EachPass, linked, with_final_paths
 from compress.identity import identity
 from compress.journal import Journal
-from compress.judgement import Judge, Promise, unjudged
+from compress.judgement import Judge
 from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
+from compress.promise import Promise, unjudged
 from compress.rehearsal import rehearse
 from compress.report import BlockFidelity, Report, Row, StepRecord
 from compress.role_bytes import Roles

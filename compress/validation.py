@@ -18,10 +18,11 @@ from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.journal import FOLDER
-from compress.judgement import Judge, Promise
+from compress.judgement import Judge
 from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
+from compress.promise import Promise
 from compress.report import Limit, Report, Row
 from compress.run_folder import locked, writable
 from compress.saved import load

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from compress.judgement import Judge, Promise, agreement, decibels, figure
+from compress.figures import agreement, decibels, figure
+from compress.judgement import Judge
+from compress.promise import Promise
 from compress.report import Figure, Latency, Row, Worth
 
 if TYPE_CHECKING:

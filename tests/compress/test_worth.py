@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calibrate.metrics import metric
-from compress.judgement import figure
+from compress.figures import figure
 from compress.report import Figure, Worth
 from compress.worth import brings, costs, paid, says
 

@@ -17,7 +17,7 @@ from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from compress import report
 from compress.datasets import load_data
-from compress.judgement import Promise
+from compress.promise import Promise
 from compress.recipe import Accept, read
 from compress.run import apply
 from compress.saved import load
