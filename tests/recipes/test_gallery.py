@@ -69,6 +69,8 @@ CASES = [
     # Two of five random layers out: nothing of the output is left, as nobody expects.
     Case("drop-layers-then-int8", "bert of five layers", least_db=-10),
     Case("drop-attention", "bert of five layers", least_db=-10),
+    Case("accuracy-driven", "bert of five layers", (("rows: 256", "rows: 64"), ("rows: 512", "rows: 64")), least_db=-10),
+    Case("hard-attention", "bert of five layers", (("rows: 256", "rows: 64"), ("rows: 512", "rows: 64"))),
     # Random layers have no heads or neurons to spare.
     Case("narrow-text-encoder", "bert", least_db=0),
     # The same function: sums in another order.
