@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from calibrate.grid import pack, unpack
-from export.onnx_lowering import Carried, Held, Lowering, lowers
+from export.onnx_lowering import Lowering, lowers
 from export.onnx_ops import biased, broadcast
+from export.onnx_values import Carried, Held
 
 __all__ = ["dense", "patches", "product", "rows"]
 

@@ -1,52 +1,41 @@
-"""Walks a traced graph and writes ONNX nodes: values, constants, shapes and names. The ops themselves are in ``onnx_ops*``.
+"""Writes ONNX nodes: values, constants, shapes and names. The ops themselves are in ``onnx_ops*``, the walk in ``onnx_walk``.
 
-Nothing here rewrites after the fact: constants are folded by running the torch op, equal nodes are made once, chains of
+Nothing rewrites after the fact: constants are folded by running the torch op, equal nodes are made once, chains of
 transposes and reshapes become one, and an ``expand`` is only written where its reader cannot broadcast.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from calibrate.errors import UserError
-from calibrate.signature import Signature, raw_path
+from calibrate.signature import raw_path
+from export.onnx_values import Carried, Dim, Held, axis_of, dim
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["LOWERINGS", "WIDE", "Carried", "Dialect", "Dim", "Held", "Lowering", "axis_of", "dim", "functional", "lowers"]
+__all__ = ["LOWERINGS", "WIDE", "Dialect", "Lowering", "lowers"]
 
 Lowered = TypeVar("Lowered", bound=Callable[..., Any])
 Dialect = Literal["onnxruntime", "portable", "tensorrt"]
-Dim = Any
-"""A size: an ``int``, or a sympy expression over the dynamic dimensions."""
-
 LOWERINGS: dict[str, Callable[..., Any]] = {}
 """ATen overload ("aten.linear.default") -> function(lowering, *args, **kwargs) that returns ``Held`` or a list of them."""
 
 WIDE: set[str] = set()
 """Overloads whose lowering takes float32 values in a float16 graph (sums of squares, which would overflow)."""
 
-_FOLD_BYTES = 1 << 20
 _SHARED_BYTES = 4096
 _ONNX_TYPES = {
     torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.int64: "INT64",
     torch.int32: "INT32", torch.int16: "INT16", torch.int8: "INT8", torch.uint8: "UINT8", torch.bool: "BOOL",
 }  # fmt: skip
-_FRESH = {"conv2d", "conv1d", "convolution", "batch_norm", "linear", "add", "mul", "sub", "div", "matmul", "bmm", "addmm",
-          "embedding", "layer_norm", "relu_", "hardswish_", "silu_", "add_", "mul_", "div_"}  # fmt: skip
-"""Operations whose result has memory of its own."""
-_VIEWS = {"view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "detach", "alias", "contiguous", "slice",
-          "select", "numpy_T", "expand", "to", "dropout", "lift_fresh_copy", "flatten"}  # fmt: skip
 
 
 def lowers(*names: str) -> Callable[[Lowered], Lowered]:
@@ -62,72 +51,9 @@ def lowers(*names: str) -> Callable[[Lowered], Lowered]:
     return register
 
 
-@dataclass(frozen=True)
-class Carried:
-    """A weight that is stored as integer codes; ``path`` is the site (module path in the user's model)."""
-
-    path: str
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    bits: int
-    shape: tuple[int, ...]
-
-    @property
-    def groups(self) -> int:
-        return 1 if self.scale.numel() == 1 else self.scale.shape[1]
-
-    @property
-    def per_tensor(self) -> bool:
-        return self.scale.numel() == 1
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        return self.shape[0], int(np.prod(self.shape[1:], dtype=np.int64))
-
-
-@dataclass(eq=False)
-class Held:
-    """A tensor during lowering: a value of the ONNX graph, a known constant, a carried weight or a counting range.
-
-    ``shape`` is the shape that the value has in the file; where it is smaller than the traced one, readers broadcast.
-    ``source`` is what a Transpose or Reshape was made from; ``exact`` keeps a constant's dtype in a float16 graph.
-    ``flipped``: a carried weight [O, I] that the graph has turned to [I, O]. ``quantized``: codes, scale and zero point of
-    a value that is their DequantizeLinear; ``dynamic``: the same, with the DequantizeLinear not yet written.
-    """
-
-    shape: tuple[Dim, ...]
-    dtype: torch.dtype
-    value: ir.Value | None = None
-    const: Tensor | None = None
-    name: str = ""
-    carried: Carried | None = None
-    iota: int | None = None
-    source: Held | None = None
-    exact: bool = False
-    flipped: bool = False
-    quantized: tuple[Held, Held, Held] | None = None
-    dynamic: tuple[Held, Held, Held] | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.shape)
-
-
-def axis_of(axis: int, rank: int) -> int:
-    return axis + rank if axis < 0 else axis
-
-
-def dim(size: Any) -> Dim:
-    """An ``int`` where the size is known, else its sympy expression."""
-    if isinstance(size, torch.SymInt):
-        size = size.node.expr
-    return int(size) if isinstance(size, int) or getattr(size, "is_Integer", False) else size
-
-
 @dataclass
 class Lowering:
-    """The state of one lowering; ``op`` adds a node, ``run`` walks the program.
+    """The state of one lowering; ``op`` adds a node.
 
     Attributes:
         compute: what float32 of the trace becomes (float16 for TensorRT by default).
@@ -135,8 +61,6 @@ class Lowering:
         notes: plain sentences for the report.
     """
 
-    program: ExportedProgram
-    signature: Signature
     dialect: Dialect
     opset: int
     compute: torch.dtype = torch.float32
@@ -147,7 +71,6 @@ class Lowering:
         import onnx_ir as ir
 
         self.ir = ir
-        self.env: dict[fx.Node, Any] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.node: fx.Node | None = None
@@ -156,7 +79,7 @@ class Lowering:
         self._names: dict[str, int] = {}
         self._made: dict[Any, list[Held]] = {}
         self._constants: dict[Any, ir.Value] = {}
-        self._domains: set[str] = set()
+        self.domains: set[str] = set()
         self.shared: dict[Any, Held] = {}
         self.tables: set[int] = set()
 
@@ -188,6 +111,11 @@ class Lowering:
     def narrow(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in the file of a dtype in the trace."""
         return self.compute if dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16) else dtype
+
+    def kind(self, dtype: torch.dtype) -> ir.DataType:
+        """The ONNX element type."""
+        found: ir.DataType = getattr(self.ir.DataType, _ONNX_TYPES[dtype])
+        return found
 
     def of(self, held: Held) -> ir.Value:
         """The graph value; constants become initializers, ranges and carried weights become nodes."""
@@ -250,7 +178,7 @@ class Lowering:
 
     def _tensor(self, name: str, tensor: Tensor) -> ir.Value:
         ir = self.ir
-        kind = getattr(ir.DataType, _ONNX_TYPES[tensor.dtype])
+        kind = self.kind(tensor.dtype)
         shape = ir.Shape(tuple(tensor.shape))
         data = tensor.detach()
         if data.is_contiguous():
@@ -299,7 +227,7 @@ class Lowering:
         for index, output in enumerate(node.outputs):
             output.name = label if len(outputs) == 1 else f"{label}.{index}"
         self.nodes.append(node)
-        self._domains.add(domain)
+        self.domains.add(domain)
         held = []
         for value, (shape, dtype) in zip(node.outputs, outputs, strict=True):
             actual = tuple(self._traced().shape if shape is None else shape)
@@ -330,7 +258,7 @@ class Lowering:
             return Held(held.shape, dtype, const=_cast(held.const, dtype), name=held.name, exact=True)
         if held.iota is not None and not dtype.is_floating_point and dtype != torch.bool:
             return Held(held.shape, dtype, iota=held.iota)
-        return self.op("Cast", held, shape=held.shape, dtype=dtype, to=int(getattr(self.ir.DataType, _ONNX_TYPES[dtype])))
+        return self.op("Cast", held, shape=held.shape, dtype=dtype, to=int(self.kind(dtype)))
 
     # -- shapes -----------------------------------------------------------------------------------------------------
 
@@ -435,254 +363,10 @@ class Lowering:
             return Held(shape, held.dtype, const=held.const.expand(shape), name=held.name)
         return self.op("Expand", held, self.sizes(shape), shape=shape, dtype=held.dtype)
 
-    # -- the walk ---------------------------------------------------------------------------------------------------
-
-    def run(self, output_name: str) -> ir.Model:
-        """The ONNX model of the program; its one output is called ``output_name``."""
-        ir = self.ir
-        self._placeholders()
-        self._tables()
-        results = self._walk(self.program.graph)
-        result = self._result(results)
-        value = self.of(self._whole(result, self._output_node))
-        value = self._named_output(value, result, output_name)
-        used = self._live(value)
-        nodes = [node for node in self.nodes if node in used]
-        needed = {id(item) for node in nodes for item in node.inputs if item is not None} | {id(value)}
-        initializers = [item for item in self.initializers.values() if id(item) in needed]
-        imports = {"": self.opset} | {name: 1 for name in sorted(self._domains) if name and any(n.domain == name for n in nodes)}
-        graph = ir.Graph(self.inputs, [value], nodes=nodes, initializers=initializers, opset_imports=imports, name="model")
-        return ir.Model(graph, ir_version=_ir_version(self.opset))
-
-    def _result(self, results: Any) -> Held:
-        while isinstance(results, (list, tuple)):
-            results = results[0]
-        assert isinstance(results, Held)
-        return results
-
-    def _named_output(self, value: ir.Value, held: Held, name: str) -> ir.Value:
-        traced = self._output_node.meta["val"]
-        if value.producer() is None or held.dtype != traced.dtype:
-            kind = int(getattr(self.ir.DataType, _ONNX_TYPES[traced.dtype]))
-            attributes = {"to": kind} if held.dtype != traced.dtype else {}
-            node = self.ir.Node("", "Cast" if attributes else "Identity", [value],
-                                self.ir.convenience.convert_attributes(attributes), num_outputs=1, name="output")  # fmt: skip
-            self.nodes.append(node)
-            value = node.outputs[0]
-        value.name = name
-        value.shape, value.type = self._annotation(traced)
-        return value
-
-    def _annotation(self, traced: Tensor) -> tuple[Any, Any]:
-        shape = self.ir.Shape([self._dim_name(dim(size)) for size in traced.shape])
-        return shape, self.ir.TensorType(getattr(self.ir.DataType, _ONNX_TYPES[traced.dtype]))
-
-    def _dim_name(self, size: Dim) -> int | str:
-        if isinstance(size, int):
-            return size
-        return self.symbols[size][2] if size in self.symbols else str(size)
-
-    def _live(self, output: ir.Value) -> set[Any]:
-        """Nodes that the output depends on."""
-        found: set[Any] = set()
-        waiting = [output.producer()]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in found:
-                continue
-            found.add(node)
-            waiting.extend(item.producer() for item in node.inputs if item is not None)
-        return found
-
-    def _placeholders(self) -> None:
-        state = {**self.program.state_dict, **self.program.constants}
-        nodes = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
-        specs = {spec.name: spec for spec in self.signature.inputs}
-        for item in self.program.graph_signature.input_specs:
-            node = nodes[item.arg.name]
-            if item.kind is InputKind.USER_INPUT:
-                if isinstance(node.meta.get("val"), Tensor):
-                    self.env[node] = self._input(node, specs.get(node.name))
-                continue
-            tensor = state[item.target] if item.target in state else self.program.constants[item.target or ""]
-            data = tensor.detach()
-            self.env[node] = Held(tuple(data.shape), data.dtype, const=data, name=raw_path(item.target or node.name))
-
-    def _input(self, node: fx.Node, spec: Any) -> Held:
-        traced = node.meta["val"]
-        for axis, size in enumerate(traced.shape):
-            expression = dim(size)
-            if not isinstance(expression, int) and expression not in self.symbols:
-                label = spec.shape[axis] if spec is not None and isinstance(spec.shape[axis], str) else str(expression)
-                self.symbols[expression] = (None, axis, label)  # type: ignore[assignment]
-        shape, kind = self._annotation(traced)
-        value = self.ir.Value(name=self.unique(node.name), shape=shape, type=kind)
-        self.inputs.append(value)
-        held = Held(tuple(dim(size) for size in traced.shape), traced.dtype, value=value)
-        for axis, size in enumerate(held.shape):
-            if not isinstance(size, int) and self.symbols[size][0] is None:
-                self.symbols[size] = (held, axis, self.symbols[size][2])
-        return self.cast(held, self.narrow(traced.dtype)) if traced.dtype.is_floating_point else held
-
-    def _walk(self, graph: fx.Graph) -> Any:
-        """Lowers every node that is used; returns the graph's result."""
-        for node in graph.nodes:
-            if node.op == "call_function":
-                self.node = node
-                self._call(node)
-            elif node.op == "output":
-                found: list[fx.Node] = []
-                fx.node.map_arg(node.args[0], found.append)
-                self._output_node = found[0]
-                return fx.node.map_arg(node.args[0], lambda item: self._whole(self.env[item], item))
-        return None
-
-    def _call(self, node: fx.Node) -> None:
-        name = str(node.target)
-        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
-            self.env[node] = self._inline(node)
-            return
-        if node.target is operator.getitem:
-            source: Any = node.args[0]
-            self.env[node] = self.env[source][node.args[1]]
-            return
-        if name.startswith(("aten._assert", "aten.sym_", "aten._check")) or not _has_tensor(node.meta.get("val")):
-            return
-        if _complex(node.meta["val"]):
-            raise self.refuse(f"{name} computes complex numbers, which ONNX runtimes do not", "Use a model without them.")
-        arguments = [self._resolve(argument) for argument in node.args]
-        keywords = {key: self._resolve(argument) for key, argument in node.kwargs.items()}
-        folded = self._fold(node, arguments, keywords)
-        name = functional(node)
-        if folded is None:
-            if name not in LOWERINGS:
-                raise self.refuse(f"{name} has no ONNX form here", "Replace the operation, or ask for it to be added.")
-            if self.compute == torch.float16 and name not in WIDE:
-                arguments = [self._narrowed(argument) for argument in arguments]
-            folded = LOWERINGS[name](self, *arguments, **keywords)
-        self.env[node] = folded
-
-    def _narrowed(self, argument: Any) -> Any:
-        if isinstance(argument, Held) and argument.const is None and argument.carried is None:
-            return self.cast(argument, self.narrow(argument.dtype))
-        return [self._narrowed(item) for item in argument] if isinstance(argument, list) else argument
-
-    def _inline(self, node: fx.Node) -> Any:
-        """A traced ``no_grad`` or ``autocast`` region: its graph is walked in place."""
-        at = next(
-            index for index, argument in enumerate(node.args) if isinstance(argument, fx.Node) and argument.op == "get_attr"
-        )
-        graph = getattr(node.graph.owning_module, str(node.args[at].target)).graph  # type: ignore[union-attr]
-        places = [item for item in graph.nodes if item.op == "placeholder"]
-        for place, argument in zip(places, node.args[at + 1 :], strict=True):
-            if isinstance(argument, fx.Node) and argument in self.env:
-                self.env[place] = self.env[argument]
-        return self._walk(graph)
-
-    def _resolve(self, argument: Any) -> Any:
-        if isinstance(argument, fx.Node):
-            if argument in self.env:
-                return self.env[argument]
-            value = argument.meta.get("val")
-            if isinstance(value, (torch.SymFloat, torch.SymBool)):
-                expression = value.node.expr
-                return float(expression) if expression.is_number else expression
-            return dim(value) if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else value
-        if isinstance(argument, (list, tuple)):
-            return [self._resolve(item) for item in argument]
-        return dim(argument) if isinstance(argument, torch.SymInt) else argument
-
-    def _whole(self, held: Any, node: fx.Node) -> Any:
-        if not isinstance(held, Held):
-            return held
-        traced = node.meta["val"]
-        return self.full(held, tuple(dim(size) for size in traced.shape)) if isinstance(traced, Tensor) else held
-
-    def _fold(self, node: fx.Node, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-        """The result as a constant, by running the torch op, where every input is known and the result is not large."""
-        tensors = list(_tensors([*arguments, *keywords.values()]))
-        if str(node.target).startswith("compress.") or any(item.const is None for item in tensors):
-            return None
-        if not _static([*arguments, *keywords.values()]):
-            return None
-        traced = node.meta["val"]
-        values = [item for item in (traced if isinstance(traced, (list, tuple)) else [traced]) if isinstance(item, Tensor)]
-        if not all(isinstance(dim(size), int) for item in values for size in item.shape):
-            return None
-        op = str(node.target).split(".")[1]
-        given = sum(item.const.nbytes for item in tensors if item.const is not None)
-        made = sum(item.numel() * item.element_size() for item in values)
-        if op not in _VIEWS and made > max(_FOLD_BYTES, given):
-            return None
-        with torch.no_grad():
-            given_values: Any = fx.node.map_arg(node.args, self._known)
-            options: Any = fx.node.map_arg(node.kwargs, self._known)
-            if op.endswith("_"):
-                given_values = (given_values[0].clone(), *given_values[1:])
-            result = node.target(*given_values, **{key: item for key, item in options.items() if key != "device"})  # type: ignore[operator]
-        name = tensors[0].name if op in _VIEWS and tensors else f"{self.path}/{node.name}"
-        if isinstance(result, (list, tuple)):
-            return [Held(tuple(item.shape), item.dtype, const=item, name=name) for item in result]
-        return Held(tuple(result.shape), result.dtype, const=result, name=name)
-
-    def _known(self, node: fx.Node) -> Any:
-        """The constant that a node stands for, in its traced shape."""
-        if node not in self.env:
-            return self._resolve(node)
-        held, traced = self.env[node], node.meta["val"]
-        return held.const.expand(traced.shape).to(traced.dtype)
-
-    def _tables(self) -> None:
-        """Finds codes and weights that are read as a table: they keep their [V, C] layout in the file, also where a product
-        reads them too (a tied head)."""
-        places = {"compress.embedding.default": 1, "aten.embedding.default": 0}
-        for node in self.program.graph.nodes:
-            place = places.get(str(node.target))
-            if place is not None and (held := self.env.get(node.args[place])) is not None and held.const is not None:
-                self.tables.add(held.const.data_ptr())
-
     def codes_storage(self, carried: Carried) -> str:
         """How ``export.onnx_carried`` stores codes of fewer than 8 bits for a DequantizeLinear."""
         native = self.dialect == "tensorrt" or (carried.bits == 4 and self.opset >= 21) or self.opset >= 25
         return "native" if native else "bits"
-
-
-def _complex(value: Any) -> bool:
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(item, Tensor) and item.is_complex() for item in items)
-
-
-def functional(node: fx.Node) -> str:
-    """The overload's name, without the underscore of an in-place operation whose input nobody else can see: the result of
-    an operation that is not a view, read only here. Other in-place operations keep their name, and have no lowering."""
-    name = str(node.target)
-    package, _, rest = name.partition(".")
-    op, _, overload = rest.partition(".")
-    if not op.endswith("_") or op.startswith("_") or not node.args or not isinstance(node.args[0], fx.Node):
-        return name
-    given = node.args[0]
-    produced = str(given.target).split(".")[1] if "." in str(given.target) else ""
-    if given.op == "call_function" and len(given.users) == 1 and produced in _FRESH:
-        return f"{package}.{op[:-1]}.{overload}"
-    return name
-
-
-def _tensors(arguments: Iterable[Any]) -> Iterable[Held]:
-    for argument in arguments:
-        if isinstance(argument, Held):
-            yield argument
-        elif isinstance(argument, (list, tuple)):
-            yield from _tensors(argument)
-
-
-def _static(arguments: Iterable[Any]) -> bool:
-    import sympy
-
-    return all(_static(item) if isinstance(item, (list, tuple)) else not isinstance(item, sympy.Basic) for item in arguments)
-
-
-def _has_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(_has_tensor(item) for item in value))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -690,8 +374,3 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16 and tensor.dtype.is_floating_point:
         return tensor.clamp(-30000.0, 30000.0).to(dtype) if bool((tensor.abs() > 65504).any()) else tensor.to(dtype)
     return tensor.to(dtype)
-
-
-def _ir_version(opset: int) -> int:
-    """The oldest IR version that may carry the opset, so that older runtimes open the file."""
-    return 8 if opset <= 18 else 9 if opset <= 20 else 10 if opset <= 22 else 11 if opset <= 23 else 12 if opset <= 24 else 13

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from export.onnx_lowering import WIDE, Dim, Held, Lowering, lowers
+from export.onnx_lowering import WIDE, Lowering, lowers
+from export.onnx_values import Dim, Held
 
 __all__ = ["add", "biased", "binary", "broadcast", "clamp", "elementwise", "traced_shape", "value_of", "where", "whole_input"]
 
@@ -279,7 +280,7 @@ def whole_input(b: Lowering, x: Held, index: int = 0) -> Held:
 
 
 def traced_shape(node: Any) -> tuple[Dim, ...]:
-    from export.onnx_lowering import dim
+    from export.onnx_values import dim
 
     return tuple(dim(size) for size in node.meta["val"].shape)
 

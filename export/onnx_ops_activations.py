@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from export.onnx_lowering import Held, Lowering, axis_of, lowers
+from export.onnx_lowering import Lowering, lowers
 from export.onnx_ops import binary, clamp, elementwise
+from export.onnx_values import Held, axis_of
 
 
 @lowers("relu6")

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from export.onnx_lowering import Held, Lowering, lowers
+from export.onnx_lowering import Lowering, lowers
 from export.onnx_ops import value_of
+from export.onnx_values import Held
 
 
 def _filled(b: Lowering, value: Any) -> Held:

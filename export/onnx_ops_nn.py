@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from export import onnx_carried
-from export.onnx_lowering import Held, Lowering, axis_of, dim, lowers
+from export.onnx_lowering import Lowering, lowers
 from export.onnx_ops import add, biased, binary, broadcast, where, whole_input
 from export.onnx_ops_reduce import reduce
+from export.onnx_values import Held, axis_of, dim
 
 __all__ = ["product"]
 

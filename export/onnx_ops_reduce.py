@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from export.onnx_lowering import Held, Lowering, axis_of, lowers
+from export.onnx_lowering import Lowering, lowers
 from export.onnx_ops import binary, elementwise, whole_input
+from export.onnx_values import Held, axis_of
 
 __all__ = ["reduce"]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from export.onnx_lowering import Dim, Held, Lowering, axis_of, dim, lowers
+from export.onnx_lowering import Lowering, lowers
 from export.onnx_ops import broadcast, traced_shape, whole_input
+from export.onnx_values import Dim, Held, axis_of, dim
 
 __all__: list[str] = []
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from calibrate.grid import pack, unpack
 from export.graph import Traceable
-from export.onnx_lowering import LOWERINGS, Held, Lowering
+from export.onnx_lowering import LOWERINGS, Lowering
+from export.onnx_values import Held
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -51,12 +51,13 @@ def lower(
         UserError: an operation has no ONNX form, or a dynamic dimension cannot be kept; names the module.
     """
     from export.onnx_lowering import Lowering
+    from export.onnx_walk import Walk
 
     half = dialect == "tensorrt" if float16 is None else float16
     _check_dimensions(source, dynamic)
     program = _lowerable(_traced(source, dynamic, batch))
-    lowering = Lowering(program, source.signature, dialect, opset, torch.float16 if half else torch.float32)
-    model = lowering.run(source.signature.output_name)
+    lowering = Lowering(dialect, opset, torch.float16 if half else torch.float32)
+    model = Walk(lowering, program, source.signature).run(source.signature.output_name)
     model.producer_name = "transformer-compress"
     model.graph.name = source.name
     model.metadata_props["compress.name"] = source.name
@@ -109,7 +110,7 @@ def _lowerable(program: Any) -> Any:
 
 def _targets(graph: Any) -> Iterator[str]:
     """Names of the operations of a graph and of the regions in it."""
-    from export.onnx_lowering import functional
+    from export.onnx_walk import functional
 
     for node in graph.nodes:
         inner = getattr(graph.owning_module, node.target, None) if node.op == "get_attr" else None
