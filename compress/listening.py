@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from calibrate.fidelity import sqnr_db
+from calibrate.modes import modes_kept
 from calibrate.signature import Batch
 from compress.restart import first_tensor
 
@@ -92,15 +93,10 @@ class Part:
 
 @contextmanager
 def still(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Eval mode; each module's own mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Eval mode, and gradients or none; each module's own mode is put back."""
+    with modes_kept(model), torch.set_grad_enabled(gradients):
+        model.eval()
+        yield
 
 
 @dataclass(frozen=True)
