@@ -467,26 +467,26 @@ def test_shared_models_reach_their_stated_accuracy(model: str, data: dict[str, A
 
 
 def test_padding_that_a_whole_batch_shares_is_not_calibrated_on() -> None:
-    from compress.datasets import _trimmed
+    from compress.padding import trimmed
 
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
     ids = torch.arange(10).reshape(2, 5)
-    trimmed = _trimmed({"input_ids": ids, "attention_mask": mask, "pixels": torch.zeros(2, 3, 4)})
-    assert torch.equal(trimmed["input_ids"], ids[:, :3])
-    assert torch.equal(trimmed["attention_mask"], mask[:, :3])
-    assert trimmed["pixels"].shape == (2, 3, 4)
+    cut = trimmed({"input_ids": ids, "attention_mask": mask, "pixels": torch.zeros(2, 3, 4)})
+    assert torch.equal(cut["input_ids"], ids[:, :3])
+    assert torch.equal(cut["attention_mask"], mask[:, :3])
+    assert cut["pixels"].shape == (2, 3, 4)
     left = {"input_ids": ids, "attention_mask": mask.flip(1)}
-    assert torch.equal(_trimmed(left)["input_ids"], ids), "text padded at the left keeps its length"
+    assert torch.equal(trimmed(left)["input_ids"], ids), "text padded at the left keeps its length"
 
 
 def test_batches_of_like_length_hold_every_row_once_with_its_number() -> None:
-    from compress.datasets import _of_like_length, _trimmed
+    from compress.padding import of_like_length, trimmed
 
     lengths = torch.randint(1, 40, (150,), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(40) < lengths[:, None]).long()
     ids = torch.arange(150)[:, None].expand(150, 40)
     batches = ({"input_ids": ids[i : i + 16], "attention_mask": mask[i : i + 16]} for i in range(0, 150, 16))
-    made = [_trimmed(batch) for batch in _of_like_length(batches, 16)]
+    made = [trimmed(batch) for batch in of_like_length(batches, 16)]
     numbers = torch.cat([batch["calibration_row"] for batch in made])
     assert numbers.sort().values.tolist() == list(range(150))
     assert all(torch.equal(batch["input_ids"][:, 0], batch["calibration_row"]) for batch in made)
