@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from calibrate.latency import Timing
-from compress.passes.contract import Latency
 from compress.units import Units
 from compress.width_latency import Curve, Fit, curves, fit, timed_groups
 from compress.width_search import Group
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Latency
 
 __all__ = ["chosen_by_time"]
 

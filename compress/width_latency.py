@@ -10,15 +10,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from calibrate.fidelity import Estimate
 from calibrate.latency import Timing
-from compress.passes.contract import Latency
 from compress.units import Units
 from compress.width_search import Group, TooSmall, choose
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Latency
 
 __all__ = ["Curve", "Fit", "Trial", "curves", "fit", "monotone", "timed_groups"]
 
