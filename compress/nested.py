@@ -21,7 +21,7 @@ from compress import manifest
 from compress.units import Units
 from export.disk import renamed
 
-__all__ = ["FOLDER", "Layout", "Nested", "SortedUnits", "keep", "layout_of", "read"]
+__all__ = ["FOLDER", "Layout", "Nested", "SortedUnits", "keep", "layout_of", "read", "rounded"]
 
 FOLDER = "nested"
 """Sub-folder of the run folder."""
