@@ -52,7 +52,9 @@ class FuseLayers(Pass):
     steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Most steps for each block that goes.")
     rows_per_step: int = Field(8, ge=1, description="Rows in one step.")
     coefficient_rate: float = Field(1e-3, ge=0.0, description="Learning rate of what is taken over: C1, C2, c.")
-    rate: float = Field(9.65e-6, ge=0.0, description="Learning rate of what is added: A, B.")
+    rate: float = Field(
+        1e-3, ge=0.0, description="Learning rate of what is added: A, B; the paper takes 9.65e-6, for models of billions."
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> FuseLayers:
