@@ -60,6 +60,11 @@ def ran(step: Pass, model: nn.Module, signature: Signature, rows: list[Batch]) -
     return step.run(model, context), context
 
 
+def attached(context: Context) -> set[str]:
+    """Paths of the modules on whose forward a recorded layer acts."""
+    return {edit.path for edit in context.edits if edit.verb == "attach"}
+
+
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -129,10 +134,10 @@ def test_targets_are_what_run_touches(step: type[Pass]) -> None:
     assert targets
     assert same(before, {name: parameter.detach() for name, parameter in model.named_parameters()})
     assert modules == dict(model.named_modules())
-    after, _ = ran(example(step), model, signature, rows)
+    after, context = ran(example(step), model, signature, rows)
     left = {id(module) for module in after.modules()}
     values = {id(parameter): parameter for parameter in after.parameters()}
-    touched = set()
+    touched = attached(context)
     for path, module in modules.items():
         if list(module.children()):
             continue
@@ -165,8 +170,8 @@ def test_a_rehearsal_leaves_the_shapes_that_run_leaves(step: type[Pass]) -> None
     before, rehearsed = inventory(model), stand_in(model)
     example(step).rehearse(rehearsed, anatomy, Surgery())
     assert inventory(model) == before
-    after, _ = ran(example(step), model, signature, rows)
-    assert step.nests or inventory(after) != before
+    after, context = ran(example(step), model, signature, rows)
+    assert step.nests or attached(context) or inventory(after) != before
     assert inventory(rehearsed) == inventory(after)
 
 
@@ -175,9 +180,11 @@ def test_a_rehearsal_leaves_the_shapes_that_run_leaves(step: type[Pass]) -> None
 def test_the_models_mode_is_kept_and_no_hook_is_left(step: type[Pass], training: bool) -> None:
     model, signature, rows = subject()
     model.train(training)
-    after, _ = ran(example(step), model, signature, rows)
+    after, context = ran(example(step), model, signature, rows)
     assert all(module.training is training for module in after.modules())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in after.modules())
+    hooked = {path: module for path, module in after.named_modules() if module._forward_pre_hooks or module._forward_hooks}
+    assert hooked.keys() == attached(context), "those of layers that were attached to a module, and said so"
+    assert all(len(module._forward_pre_hooks) == len(module._forward_hooks) == 1 for module in hooked.values())
 
 
 @each_pass
