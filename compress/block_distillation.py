@@ -19,6 +19,8 @@ __all__ = ["distil_blocks"]
 _RATE = 0.004
 """Of Adam, in root mean squares of a weight of the blocks (their median): a step moves no weight by more."""
 _ROWS = 16
+_PATIENCE = 1 << 30
+"""The loss may rise while the rate is high: what counts is where it ends."""
 
 
 def distil_blocks(
@@ -28,6 +30,7 @@ def distil_blocks(
     rows: tuple[Sequence[Batch], Sequence[Batch]],
     epochs: int,
     blocks: Mapping[str, str],
+    trained: Sequence[str],
 ) -> dict[str, Any]:
     """Trains what the blocks hold until their outputs, and the model's, are those that the original gives for the rows.
 
@@ -39,11 +42,12 @@ def distil_blocks(
         rows: to learn from, and held out.
         epochs: times that each row to learn from is seen.
         blocks: path of each block in the model -> its path in the original.
+        trained: those of them whose parameters learn; the blocks that are done before the first of them are run once only.
 
     Returns:
         What there is to report.
     """
-    names = _trainable(model, list(blocks))
+    names = _trainable(model, trained)
     if not names:
         return {"because": "no block has a float32 weight to train"}
     places = {path: (path.rpartition(".")[0], path.rpartition(".")[2]) for path in names}
@@ -53,7 +57,7 @@ def distil_blocks(
     lesson = Lesson(original, context.call, rows, blocks, "features", _ROWS)
     matrices = [model.get_parameter(name) for name in names if model.get_parameter(name).dim() > 1]
     rate = _RATE * statistics.median(map(_size, matrices))
-    course = Course(epochs=epochs, rows=_ROWS, seed=context.seed)
+    course = Course(epochs=epochs, rows=_ROWS, patience=_PATIENCE, seed=context.seed)
     taught = distil(model, context.call, lesson, dict.fromkeys(names, rate), list(blocks), course, context.progress)
     after = judge.sqnr_db(model)
     told: dict[str, Any] = {"epochs": epochs, "rate": rate, "sqnr_db_before": finite(before), "sqnr_db_after": finite(after)}

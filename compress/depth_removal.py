@@ -227,17 +227,20 @@ class Removal:
         no_place = [one.sink for one in sublayers if not one.constant]
         told |= {"refitted": refitted}
         if self.options.distill and edits:
-            told["distillation"] = self._distilled()
+            first = min([one.block for one in sublayers] + [number - 1 for number in blocks])
+            told["distillation"] = self._distilled(first)
         return {**told, "constants": self.kept, "not_better": [p for p in places if p not in self.kept], "no_place": no_place}
 
-    def _distilled(self) -> dict[str, Any]:
+    def _distilled(self, first: int) -> dict[str, Any]:
+        """Trains the blocks that are left, from the given one on."""
         assert self.original is not None
         edits = self.context.edits[self.start :]
         whole = [block.path for block in self.context.anatomy.blocks]
         where = Whereabouts.of(self.original.model, whole)
         left = {now: path for path in whole if (now := where.after(path, edits)) is not None}
+        trained = [now for now, path in left.items() if whole.index(path) >= first]
         rows = (self.fit, self.held)
-        return distil_blocks(self.model, self.original.model, self.context, rows, self.options.distill, left)
+        return distil_blocks(self.model, self.original.model, self.context, rows, self.options.distill, left, trained)
 
     def _without(self) -> float:
         """The level on the held-out rows with all constants at zero."""

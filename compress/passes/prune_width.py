@@ -13,8 +13,10 @@ from calibrate.errors import UserError
 from calibrate.modes import frozen
 from calibrate.signature import Batch, Signature
 from compress.anatomy import Anatomy, find
+from compress.block_distillation import distil_blocks
 from compress.passes.contract import Context, Pass, Target
 from compress.rehearsal import stand_in
+from compress.repair import held_out
 from compress.slicing import slice_units
 from compress.surgery import Surgery
 from compress.timed_choice import chosen_by_time
@@ -41,7 +43,8 @@ class PruneWidth(Pass):
     block are timed, the chosen set is timed before it is taken, and the budget is corrected by that. Units leave for good: the
     weights get smaller, an emptied sublayer keeps its bias only. Query heads that share keys and values go together. What is left
     is repaired without labels: each following projection gets the least-squares weights for the outputs it had before, first
-    block first, kept where held-out calibration rows agree.
+    block first, kept where held-out calibration rows agree. With ``distill`` the blocks are then trained, without labels, until
+    their outputs and the model's are what they were; that too stays only where the held-out rows agree.
     """
 
     name: ClassVar[str] = "prune_width"
@@ -72,6 +75,13 @@ class PruneWidth(Pass):
     )
     rows: int = Field(64, ge=1, description="Calibration rows that units are scored on.")
     repair: bool = Field(True, description="Whether the projections behind are fitted to the calibration rows.")
+    distill: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="After the repair: how often each calibration row is seen by a training, without labels, of the blocks from "
+        "the first on that lost units, so that they give what they gave. It wants 1000 rows or more; 0: no training.",
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> PruneWidth:
@@ -80,6 +90,8 @@ class PruneWidth(Pass):
             raise ValueError("name one of macs, size_ratio, latency_ratio and stay\nFor example macs: 0.7")
         if not (self.heads or self.neurons):
             raise ValueError("heads and neurons are both false: nothing may go\nLeave one of them true.")
+        if self.distill and not self.repair:
+            raise ValueError("distill does not go with repair: false\nTake one of them out.")
         return self
 
     @property
@@ -137,11 +149,23 @@ class PruneWidth(Pass):
             _take_out(model, context.surgery, signature, example, units, gone, context)
             context.report |= _told(units, gone, scores) | {"skipped": skipped}
             if original is not None:
-                touched = [one.sink for one, numbers in zip(units, gone, strict=True) if numbers]
-                context.report["repair"] = repair_behind(model, original, context, touched)
+                touched = [one for one, numbers in zip(units, gone, strict=True) if numbers]
+                told = repair_behind(model, original, context, [one.sink for one in touched])
+                if self.distill and touched:
+                    told["distillation"] = self._distilled(model, original, context, min(one.block for one in touched))
+                context.report["repair"] = told
             after = find(model, signature, example) if self._macs else anatomy
             context.report["kept_share"] = whole_cost(model, after, macs=self._macs) / whole
         return model
+
+    def _distilled(self, model: nn.Module, original: nn.Module, context: Context, first: int) -> dict[str, Any]:
+        """Trains the blocks from the given one on."""
+        fit, held = held_out(context.calibration())
+        if not fit or not held:
+            return {"because": "there are too few calibration rows to hold some out"}
+        paths = [block.path for block in context.anatomy.blocks]
+        alike = {path: path for path in paths}
+        return distil_blocks(model, original, context, (fit, held), self.distill, alike, paths[first:])
 
     @property
     def _ratio(self) -> float:

@@ -258,3 +258,25 @@ def test_repair_leaves_the_given_model_alone() -> None:
     assert trial.context.report["repair"]["sites"]
     assert all(torch.equal(tensor, copied.state_dict()[name]) for name, tensor in before.items())
     assert sqnr_db(trial.outputs(copied), trial.outputs(trial.after)) > 10
+
+
+def test_training_after_the_repair_brings_the_output_nearer_and_no_epochs_change_nothing() -> None:
+    model, signature, rows = digits()
+    given = copy.deepcopy(model.state_dict())
+    options: dict[str, Any] = {"macs": 0.5, "score": "magnitude"}
+    plain, zero = (
+        tried(PruneWidth(**options), model, signature, rows),
+        tried(PruneWidth(**options, distill=0), model, signature, rows),
+    )
+    taught, again = (tried(PruneWidth(**options, distill=5), model, signature, rows) for _ in range(2))
+    assert plain.context.report == zero.context.report
+    assert torch.equal(plain.outputs(plain.after), zero.outputs(zero.after))
+    told = taught.context.report["repair"]["distillation"]
+    assert told["sqnr_db_after"] > told["sqnr_db_before"] == plain.context.report["repair"]["sqnr_after_db"]
+    assert taught.sqnr_db > plain.sqnr_db + 1
+    assert taught.context.report == again.context.report
+    assert all(torch.equal(value, again.after.state_dict()[name]) for name, value in taught.after.state_dict().items())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in given.items())
+    assert torch.equal(taught.outputs(rebuilt(taught)), taught.outputs(taught.after))
+    with pytest.raises(ValidationError, match="repair: false"):
+        PruneWidth(macs=0.5, repair=False, distill=1)
