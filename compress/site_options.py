@@ -38,10 +38,7 @@ class Mixed(BaseModel):
     )
     size_mb: float | None = Field(None, gt=0, description="The same in megabytes (10^6 bytes).")
     loss_db: float | None = Field(
-        None, description="Least SQNR of the model's outputs that is predicted, in dB; the smallest model that has it."
-    )
-    latency_ratio: float | None = Field(
-        None, gt=0, le=1, description="Most time of the file at the recipe's first batch size, over the file of the model given."
+        None, description="Least SQNR of the model's outputs on those rows, in dB; the smallest model that is found to have it."
     )
     rows: int = Field(64, ge=1, description="Calibration rows on which each site's loss is measured.")
     score: Literal["sensitivity", "random"] = Field(
@@ -59,8 +56,8 @@ class Mixed(BaseModel):
 
     @property
     def budgets(self) -> dict[str, float]:
-        """The budget by its option; empty where ``max_drop`` decides."""
-        found = {name: getattr(self, name) for name in ("size_ratio", "size_mb", "loss_db", "latency_ratio")}
+        """The budget by its option."""
+        found = {name: getattr(self, name) for name in ("size_ratio", "size_mb", "loss_db")}
         return {name: value for name, value in found.items() if value is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -21,12 +21,13 @@ from compress.algorithms.gptq import NotPositiveDefinite, gptq, output_error, re
 from compress.algorithms.rounding import WeightRange, codes_of, multiples, scales_of
 from compress.algorithms.smoothing import Smoothing, balanced, smoothing
 from compress.anatomy import Anatomy, Site
+from compress.bit_choice import choose, forecast
 from compress.folding import folds
 from compress.layers import QuantEmbedding, is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
 from compress.layers.fitting import Seen, column_energy, fit_input, shift_bias, store_weight
 from compress.passes.contract import Context, Pass, Target, blank
-from compress.site_options import Choice, SiteOptions, overridden
+from compress.site_options import Choice, Mixed, SiteOptions, label, options_of, overridden
 from compress.surgery import Surgery
 from compress.tied import Ties
 
@@ -41,11 +42,12 @@ _HALF = 0.5
 
 @dataclass(frozen=True)
 class _Job:
-    """One module to quantize: where, on which grid, and whether its input is rounded too."""
+    """One module to quantize: where, on which grid, whether its input is rounded too, and the table whose codes it shares."""
 
     site: Site
     grid: Grid
     rounds_input: bool
+    table: Site | None = None
 
 
 class Quantize(Pass):
@@ -116,6 +118,11 @@ class Quantize(Pass):
         description="Sites that differ, by role or module path (wildcards allowed; a later pattern holds over an earlier one): "
         "bits of the weights, float, or {weights, activations: none}.",
     )
+    mixed: Mixed | None = Field(
+        None,
+        description="Bits chosen site by site, among candidates, so that the outputs on calibration rows are predicted to lose "
+        "least under one budget: size_ratio, size_mb or loss_db. The report tells them as overrides.",
+    )
     group_scales: Literal["free", "multiples"] = Field(
         "free",
         description="multiples: the scales of a channel's groups are whole multiples of one step, so that static 8-bit inputs "
@@ -161,21 +168,39 @@ class Quantize(Pass):
             raise ValueError(f"group_size has no meaning with granularity {self.granularity}")
         if self.group_scales == "multiples" and self.weights == 8 and not self.several:
             raise ValueError("group_scales: multiples is for weights of 4 or 2 bits in groups")
+        if self.mixed is not None and not self.mixed.budgets:
+            raise ValueError("mixed has no budget\nAdd size_ratio, size_mb or loss_db to it.")
         return self
 
     @property
     def several(self) -> bool:
         """Whether sites may differ in bits."""
-        return bool(self.overrides)
+        return self.mixed is not None or any(isinstance(options_of(one).weights, int) for one in self.overrides.values())
+
+    @property
+    def chooses(self) -> bool:
+        """Whether bits are chosen when the pass runs."""
+        return self.mixed is not None
+
+    @property
+    def uniform(self) -> Quantize:
+        """The same with 8 bits at first, where bits are chosen: every site can take those."""
+        return self if self.mixed is None else self.model_copy(update={"weights": 8, "embeddings": self.embeddings and 8})
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
-        return [Target(job.site.path, ", ".join(job.site.roles), self._action(job)) for job in self._plan(model, anatomy)[0]]
+        jobs = self.uniform._plan(model, anatomy)[0]
+        return [Target(job.site.path, ", ".join(job.site.roles), self._action(job)) for job in jobs]
 
     def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+        if self.chooses:
+            return forecast(self, model, anatomy).preview(model, anatomy)
         with torch.device("meta"):
             return {job.site.path: self._layer(model, job) for job in self._plan(model, anatomy)[0]}
 
     def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
+        if self.chooses:
+            forecast(self, model, anatomy).rehearse(model, anatomy, surgery)
+            return
         jobs, _ = self._plan(model, anatomy)
         ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
         for job in jobs:
@@ -188,13 +213,15 @@ class Quantize(Pass):
             ties.settle(model, surgery, job.site.path)
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-        return self._plan(model, anatomy)[1]
+        return self.uniform._plan(model, anatomy)[1]
 
     @property
     def calibrates(self) -> bool:
-        return self.activations == "static" or self.rounding == "gptq"
+        return self.chooses or self.activations == "static" or self.rounding == "gptq"
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
+        if self.mixed is not None:
+            return choose(self, model, context)
         jobs, skipped = self._plan(model, context.anatomy)
         captured = self._calibrate(model, context, jobs)
         inputs = self._smoothed(model, context, jobs, captured) if captured else {}
@@ -218,6 +245,46 @@ class Quantize(Pass):
         }
         return model
 
+    def sites_of(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[tuple[Site, Site | None]], dict[str, str]]:
+        """Sites that would be quantized, each with the table whose codes it shares, and why others would not be."""
+        jobs, skipped = self._plan(model, anatomy)
+        return [(job.site, job.table) for job in jobs], skipped
+
+    def empty_layer(self, model: nn.Module, site: Site, options: SiteOptions, table: Site | None = None) -> QuantizedLayer:
+        """The layer that would stand at a site with these options, its codes still zero; ``table``: see ``sites_of``.
+
+        Raises:
+            UserError: the site cannot take them.
+        """
+        return self._layer(model, self._job(model, site, options, table))
+
+    def site_layers(
+        self, model: nn.Module, context: Context, settings: Mapping[str, Sequence[SiteOptions]]
+    ) -> Iterator[tuple[str, list[QuantizedLayer]]]:
+        """For one site after the other the layers that would stand there, one for each setting but float; none is put in.
+
+        They are made from what the float model gives. Factors of inputs are folded into ``model`` where they can be, which
+        changes its parameters but not its function.
+
+        Args:
+            settings: by path, of every site that ``sites_of`` names.
+        """
+        jobs, _ = self._plan(model, context.anatomy)
+        captured = self._calibrate(model, context, jobs)
+        inputs = self._smoothed(model, context, jobs, captured) if captured else {}
+        ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
+        for stage in self._stages(jobs):
+            moments = self._moments(model, context, stage, ties)
+            for job in stage:
+                path, made = job.site.path, []
+                for options in settings[path]:
+                    one = self._job(model, job.site, options, job.table)
+                    with torch.no_grad():
+                        seen = inputs.get(path) if one.rounds_input else None
+                        made.append(self._filled(model, one, seen, moments.get(path))[0])
+                yield path, made
+            del moments
+
     def _plan(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[_Job], dict[str, str]]:
         """What will be quantized, in the model's order, and why other targets will not be."""
         chosen = self._chosen(anatomy)
@@ -238,13 +305,17 @@ class Quantize(Pass):
             elif options.weights == "float":
                 skipped[site.path] = "float under overrides"
             else:
-                rounds_input = site.kind != "embedding" and "none" not in (self.activations, options.activations)
-                jobs.append(_Job(site, self._grid(model, site, options.weights), rounds_input))
+                jobs.append(self._job(model, site, options))
         if not jobs:
             raise UserError(self.name, "there is nothing to quantize", _first_reason(skipped))
         if self.embeddings is not None:
             jobs += self._tied_heads(model, anatomy, jobs, left)
         return jobs, skipped
+
+    def _job(self, model: nn.Module, site: Site, options: SiteOptions, table: Site | None = None) -> _Job:
+        assert options.weights != "float"
+        rounds_input = site.kind != "embedding" and table is None and "none" not in (self.activations, options.activations)
+        return _Job(site, self._grid(model, table or site, options.weights), rounds_input, table)
 
     def _tied_heads(self, model: nn.Module, anatomy: Anatomy, jobs: list[_Job], left: set[str]) -> list[_Job]:
         """Linear layers that hold the weight of a table that is quantized, and that nothing else was said of: they share its
@@ -253,7 +324,7 @@ class Quantize(Pass):
         planned = {job.site.path for job in jobs} | left
         linears = [site for site in anatomy.sites if site.kind == "linear" and site.path not in planned]
         tied = [(site, tables.get(id(model.get_submodule(site.path).weight))) for site in linears]
-        return [_Job(site, table.grid, False) for site, table in tied if table is not None]
+        return [_Job(site, table.grid, False, table.site) for site, table in tied if table is not None]
 
     def _chosen(self, anatomy: Anatomy) -> set[str]:
         if self.sites is None:
@@ -297,6 +368,8 @@ class Quantize(Pass):
         return Grid(bits, self.symmetric, granularity, size)
 
     def _action(self, job: _Job) -> str:
+        if self.mixed is not None:
+            return f"weights chosen from {', '.join(label(options_of(one)) for one in self.mixed.candidates)}"
         grid = job.grid
         unit = f"group of {grid.group_size}" if grid.granularity == "group" else grid.granularity
         inputs = f", inputs {self.activation_bits} bits {self.activations}" if job.rounds_input else ""
