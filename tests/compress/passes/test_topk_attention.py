@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from families import build
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,15 +13,12 @@ from trial import DIGITS, digits, judge, rebuilt, tried
 
 from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
-from calibrate.signature import Batch, Signature, TensorSpec
-from compress.anatomy import find
+from calibrate.signature import Signature, TensorSpec
 from compress.layers import TopKAttention
-from compress.passes.contract import Context
 from compress.passes.drop_layers import DropLayers
 from compress.passes.prune_width import PruneWidth
 from compress.passes.quantize import Quantize
 from compress.passes.topk_attention import TopkAttention
-from compress.surgery import Surgery
 
 EXAMPLE = TopkAttention(k=3, blocks=[1, -1])
 
@@ -127,37 +122,6 @@ def test_a_failing_forward_leaves_nothing_switched() -> None:
     with pytest.raises(RuntimeError, match="no"):
         hard(Fails(), 1)(given[0])
     assert sqnr_db(Attention()(*given), expected(*given, 9)) > 250
-
-
-@pytest.mark.parametrize(
-    "name", ["bert", "bert_eager", "gpt2", "llama", "opt", "vit", "swin", "mobilevit", "timm_vit", "timm_swin"]
-)
-def test_families(name: str) -> None:
-    """In every block, with the same parts found after; the identity where k reaches, another function where it does not."""
-    try:
-        model, signature, example = build(name)
-    except ImportError as error:
-        pytest.skip(str(error))
-    anatomy = find(model, signature, example)
-    before = run(model, signature, example)
-    wide, few = copy.deepcopy(model), copy.deepcopy(model)
-    context = Context(signature, anatomy, lambda: iter([example]), Surgery())
-    TopkAttention(k=1000).run(wide, Context(signature, anatomy, lambda: iter([example]), Surgery()))
-    TopkAttention(k=2).run(few, context)
-    assert context.report["hard"] == [block.path for block in anatomy.blocks]
-    assert torch.equal(run(wide, signature, example), before)
-    after = run(few, signature, example)
-    assert not torch.equal(after, before)
-    assert find(few, signature, example).roles == anatomy.roles
-    again = copy.deepcopy(model)
-    Surgery().replay(again, context.edits)
-    assert torch.equal(run(again, signature, example), after)
-    assert torch.equal(run(copy.deepcopy(again), signature, example), after), "copies attend alike"
-
-
-def run(model: nn.Module, signature: Signature, batch: Batch) -> Tensor:
-    with torch.inference_mode():
-        return signature.call(model, batch)
 
 
 def test_it_goes_with_the_other_passes() -> None:
