@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,12 +37,12 @@ class Group:
     step: int = 1
     least: int = 0
 
-    @property
+    @cached_property
     def ranked(self) -> list[int]:
         """Units, the least missed first; of equals the one with the lower number."""
         return [int(unit) for unit in torch.argsort(self.scores, stable=True)]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """How many units can be gone, ascending from 0."""
         count = len(self.scores)

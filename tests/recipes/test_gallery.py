@@ -29,6 +29,7 @@ for library, extra in (
     ("onnxruntime", "onnx"),
     ("coremltools", "coreml"),
     ("tensorrt_rtx", "tensorrt-rtx"),
+    ("nncf", "nncf"),
 ):
     pytest.importorskip(library, reason=f"needs the extra {extra}")
 
@@ -44,6 +45,7 @@ class Case:
         changes: (text of the recipe, what takes its place).
         evaluate: whether the files are run; without, they are written and their integers read back.
         least_db, most_db: of every file against float.
+        after: the recipe of which it needs a finished run.
     """
 
     recipe: str
@@ -52,6 +54,7 @@ class Case:
     evaluate: bool = True
     least_db: float = 18
     most_db: float = 90
+    after: str = ""
 
     def __str__(self) -> str:
         return f"{self.recipe}, {self.family}"
@@ -59,6 +62,7 @@ class Case:
 
 CASES = [
     Case("int8-text-encoder", "bert"),
+    Case("nncf-text-encoder", "bert", (("rows: 128", "rows: 16"),)),
     Case("dynamic-int8", "distilbert"),
     Case("int8-weights-only", "roberta", least_db=30),
     Case("smallest-text-encoder", "bert", evaluate=False),
@@ -75,8 +79,11 @@ CASES = [
     Case("narrow-text-encoder", "bert", least_db=0),
     # The same function: sums in another order.
     Case("nested-text-encoder", "bert", least_db=100, most_db=160),
+    Case("cut-from-nested", "bert", least_db=0, after="nested-text-encoder"),
     Case("int4-weights", "llama", (("rows: 256", "rows: 32"),), least_db=9),
     Case("gpt2-int8", "gpt2", least_db=30),
+    # One of two random layers out.
+    Case("fuse-language-model", "llama", (("rows: 256", "rows: 32"),), least_db=-10),
     Case(
         "int8-vision",
         "timm:test_vit3",
@@ -155,6 +162,10 @@ def changed(before: Any, after: Any) -> set[str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_runs_on_a_small_model_of_its_family(case: Case, rows: Path, tmp_path: Path) -> None:
     path = place(case, rows, tmp_path)
+    if case.after:
+        first = tmp_path / f"{case.after}.yaml"
+        first.write_text((recipes_folder() / first.name).read_text())
+        apply(read(first), tmp_path / "runs" / case.after, evaluate=False)
     recipe = read(path)
     made = apply(recipe, tmp_path / "out", trust=case.recipe == "own-model", evaluate=case.evaluate)
     judged = made.rows[1:] if case.evaluate else made.rows
