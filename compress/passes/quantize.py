@@ -26,6 +26,8 @@ from compress.folding import folds
 from compress.layers import QuantEmbedding, is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
 from compress.layers.fitting import Seen, column_energy, fit_input, shift_bias, store_weight
+from compress.nncf_layers import put_in, require_nncf
+from compress.nncf_options import beyond_nncf, nncf_refusal, nncf_settings
 from compress.passes.contract import Context, Pass, Target, blank
 from compress.site_options import Choice, Mixed, SiteOptions, label, options_of, overridden
 from compress.surgery import Surgery
@@ -66,15 +68,27 @@ class Quantize(Pass):
     Handles linear layers, GPT-2's Conv1D (turned into a linear layer), 2-D convolutions and embeddings. Without
     ``sites`` it takes every projection inside the blocks: not the embeddings, not the norms, not the head. What it
     cannot take stays float and is listed in the report with the reason.
+
+    ``engine: nncf`` leaves all of this to NNCF (nncf.quantize, or nncf.compress_weights with ``activations: none``; its preset
+    for transformers): its ranges, SmoothQuant, fast bias correction and weight compression. It is given the calibration rows
+    one by one, padding included, and works on two copies of the model. Codes, scales, zero points, factors and biases are
+    read out of the torch model that it gives back; what it would have rounded besides the weights and inputs of layers is
+    named in the report under ``skipped``.
     """
 
     name: ClassVar[str] = "quantize"
     source: ClassVar[str] = (
         "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
-        "Frantar et al. 2023, arXiv 2210.17323; Behdin et al. 2023, arXiv 2309.01885"
+        "Frantar et al. 2023, arXiv 2210.17323; Behdin et al. 2023, arXiv 2309.01885; engine: nncf: Kozlov et al. 2020, arXiv "
+        "2002.08679"
     )
     needs_calibration: ClassVar[bool] = True
 
+    engine: Literal["own", "nncf"] = Field(
+        "own",
+        description="nncf: ranges, factors, biases and codes are found by NNCF (Intel's toolkit, extra nncf) on the torch model; "
+        "an option that it lacks is refused.",
+    )
     weights: Bits = Field(8, description="Bits of each weight.")
     granularity: Granularity | None = Field(
         None,
@@ -139,6 +153,12 @@ class Quantize(Pass):
         "take the factors in, that is free; elsewhere it costs one multiplication a tensor, and is done where the output is "
         "expected below smooth_below_db and 3 dB are gained. Only with static activations.",
     )
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="SmoothQuant's strength for every tensor. Only with engine: nncf, where it is 0.95 by itself.",
+    )
     smooth_below_db: float = Field(
         28.0, description="Expected SQNR of a layer's output, in dB, below which factors are worth a multiplication."
     )
@@ -160,6 +180,10 @@ class Quantize(Pass):
         description="Adds to each bias what rounding takes from the layer's mean output on the calibration rows "
         "(Nagel et al. 2019, arXiv 1906.04721, sec. 4.2). Only with static activations or rounding: gptq.",
     )
+    scale_estimation: bool = Field(
+        False,
+        description="NNCF searches the scales of 4-bit weights by the layer's output. Only with engine: nncf, activations: none.",
+    )
     batch_size: PositiveInt = Field(8, description="Rows that run through the model at a time during calibration.")
 
     @model_validator(mode="after")
@@ -170,6 +194,8 @@ class Quantize(Pass):
             raise ValueError("group_scales: multiples is for weights of 4 or 2 bits in groups")
         if self.mixed is not None and not self.mixed.budgets:
             raise ValueError("mixed has no budget\nAdd size_ratio, size_mb or loss_db to it.")
+        if wrong := nncf_refusal(self):
+            raise ValueError(wrong)
         return self
 
     @property
@@ -217,12 +243,14 @@ class Quantize(Pass):
 
     @property
     def calibrates(self) -> bool:
-        return self.chooses or self.activations == "static" or self.rounding == "gptq"
+        return self.chooses or self.activations == "static" or self.rounding == "gptq" or self.engine == "nncf"
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         if self.mixed is not None:
             return choose(self, model, context)
         jobs, skipped = self._plan(model, context.anatomy)
+        if self.engine == "nncf":
+            return self._by_nncf(model, context, jobs, skipped)
         captured = self._calibrate(model, context, jobs)
         inputs = self._smoothed(model, context, jobs, captured) if captured else {}
         ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
@@ -285,8 +313,16 @@ class Quantize(Pass):
                 yield path, made
             del moments
 
+    def _by_nncf(self, model: nn.Module, context: Context, jobs: list[_Job], skipped: dict[str, str]) -> nn.Module:
+        places = [(job.site, job.grid) for job in jobs]
+        said = put_in(model, context, places, nncf_settings(self), self.activations == "static")
+        context.report |= said | {"skipped": skipped | said["skipped"], "padding_counted": []}
+        return model
+
     def _plan(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[_Job], dict[str, str]]:
         """What will be quantized, in the model's order, and why other targets will not be."""
+        if self.engine == "nncf":
+            require_nncf()
         chosen = self._chosen(anatomy)
         left = {site.path for site in anatomy.select(self.skip, self.name)} if self.skip else set()
         own = overridden(anatomy, self.overrides, chosen, self.name)
@@ -300,6 +336,8 @@ class Quantize(Pass):
                 raise UserError(self.name, f"{site.path} is quantized already", f"Leave it out with skip: [{site.path}].")
             options = own.get(site.path, SiteOptions())
             reason = "named under skip" if site.path in left else obstacle(model, site.path, site.kind)
+            if not reason and self.engine == "nncf":
+                reason = beyond_nncf(self, site, (site.kind == "embedding" and self.embeddings) or self.weights)
             if reason:
                 skipped[site.path] = reason
             elif options.weights == "float":
@@ -308,7 +346,7 @@ class Quantize(Pass):
                 jobs.append(self._job(model, site, options))
         if not jobs:
             raise UserError(self.name, "there is nothing to quantize", _first_reason(skipped))
-        if self.embeddings is not None:
+        if self.embeddings is not None and (self.engine, self.activations) != ("nncf", "static"):
             jobs += self._tied_heads(model, anatomy, jobs, left)
         return jobs, skipped
 
