@@ -107,6 +107,10 @@ def _facts(step: StepRecord) -> tuple[tuple[str, str, str], ...]:
         facts.append(("sites", f"{changed:,}", ""))
     if isinstance(rows := step.report.get("calibration_rows"), int) and rows:
         facts.append(("calibration rows", f"{rows:,}", ""))
+    if isinstance(chosen := step.report.get("accuracy_driven"), dict):
+        start, end, rows = chosen["start"]["loss"], chosen["end"]["loss"], chosen["validation"]["rows"]
+        facts.append((f"loss on the {rows:,} validation rows that chose", f"{start:.4g} → {end:.4g}", ""))
+        facts.append(("tried", f"{len(chosen['tried']):,}", f"{sum(one['taken'] for one in chosen['tried']):,} stayed"))
     facts.append(("time", wording.seconds(step.seconds), ""))
     return tuple(facts)
 
