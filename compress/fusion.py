@@ -30,6 +30,7 @@ __all__ = ["LEAST_ROWS", "Fusion"]
 LEAST_ROWS = 8
 _INFLUENCE_ROWS = 32
 """Rows that the influence is measured on (as the published code does)."""
+_CHECKS = 10
 
 
 @dataclass
@@ -85,14 +86,23 @@ class Fusion:
             scores = self._scores(gone)
             left = {one: scores[one.key] for one in self.candidates.these if one not in gone}
             allowed = {one: score for one, score in left.items() if self.candidates.allowed(gone, one)}
-            tried = [self._tried(one, len(gone), n) for n, one in enumerate(first_allowed(allowed, self._tries))]
-            best = max(tried, key=lambda trial: trial.level)
-            rounds.append(self._told(best, scores, tried))
+            best, levels = self._best(first_allowed(allowed, self._tries), len(gone))
+            rounds.append(self._told(best, scores, levels))
             self._taken(best)
             gone.append(best.one)
             report["blocks"].append(best.one.key)
         if gone:
             report["output_sqnr_db"] = finite(self.judge.sqnr_db(self.model))
+
+    def _best(self, these: list[Candidate], number: int) -> tuple[_Trial, dict[str, float]]:
+        """The trial that leaves the model's output nearest to the float model's, and how near each one leaves it."""
+        best = self._tried(these[0], number, 0)
+        levels = {best.one.key: best.level}
+        for attempt, one in enumerate(these[1:], 1):
+            trial = self._tried(one, number, attempt)
+            levels[one.key] = trial.level
+            best = trial if trial.level > best.level else best
+        return best, levels
 
     @property
     def _tries(self) -> int:
@@ -105,9 +115,14 @@ class Fusion:
         """The influence of each block that is left, as a cosine, by its path in the float model; or random numbers."""
         if self.options.score == "random":
             return {one.key: self.drawn.random() for one in self.candidates.these}
-        blocks = {block.path: now for block in self.context.anatomy.blocks if (now := self._now(block.path))}
-        found = influences(self.model, self.context.call, self._few(), list(blocks.values()), self._progress(len(gone)))
-        return {path: found[now] for path, now in blocks.items()}
+        asked = {one.key: now for one in self.candidates.these if (now := self._now(one.key))}
+        progress = self._progress(len(gone))
+        found = influences(self.model, self.context.call, self._few(), self._blocks(), list(asked.values()), progress)
+        return {path: found[now] for path, now in asked.items()}
+
+    def _blocks(self) -> list[str]:
+        """Where the blocks are that are left."""
+        return [now for block in self.context.anatomy.blocks if (now := self._now(block.path))]
 
     def _few(self) -> list[Batch]:
         few, rows = [], _INFLUENCE_ROWS
@@ -137,13 +152,12 @@ class Fusion:
         }
         rows, call = (self.fit, self.held), self.context.call
         lesson = Lesson(self.model, call, rows, [list(near)[-1]], step=self.options.rows_per_step)
-        blocks = [path for block in self.context.anatomy.blocks if (path := self._now(block.path))]
         with ExitStack() as stack:
             stack.enter_context(passing(self.model.get_submodule(now)))
             stack.enter_context(grafting(self.model, grafts))
             dropped = self.judge.sqnr_db(self.model)
             progress = self._progress(number)
-            taught = distil(self.model, call, lesson, self._rates(grafts), blocks, self._course(number), progress)
+            taught = distil(self.model, call, lesson, self._rates(grafts), self._blocks(), self._course(number), progress)
             fused = self.judge.sqnr_db(self.model) if taught.best_step else dropped
         skipped = {pair.own: pair.obstacle for pair in found if pair.obstacle}
         return _Trial(one, [block.path for block in near.values()], grafts, skipped, taught, dropped, fused)
@@ -163,7 +177,7 @@ class Fusion:
     def _course(self, number: int) -> Course:
         options = self.options
         seed = self.context.seed * 1009 + number
-        return Course(epochs=options.epochs, steps=options.steps, rows=options.rows_per_step, seed=seed)
+        return Course(epochs=options.epochs, steps=options.steps, rows=options.rows_per_step, checks=_CHECKS, seed=seed)
 
     def _taken(self, trial: _Trial) -> None:
         """Folds what was learnt, and takes the block out."""
@@ -175,12 +189,12 @@ class Fusion:
         position = list(dict(self.model.get_submodule(container).named_children())).index(name)
         shorten(self.model, self.context.surgery, container, [position])
 
-    def _told(self, trial: _Trial, scores: dict[str, float], tried: list[_Trial]) -> dict[str, Any]:
+    def _told(self, trial: _Trial, scores: dict[str, float], levels: dict[str, float]) -> dict[str, Any]:
         said: dict[str, Any] = {"block": trial.one.block.index, "path": trial.one.key, "group": trial.group}
         if self.options.score == "influence":
             said["similarity_without"] = scores
-        if len(tried) > 1:
-            said["tried"] = [{"path": one.one.key, "output_sqnr_db": finite(one.level)} for one in tried]
+        if len(levels) > 1:
+            said["tried"] = [{"path": path, "output_sqnr_db": finite(level)} for path, level in levels.items()]
         said |= {"injected": len(trial.grafts), "not_injected": trial.skipped, "training": trial.taught.json()}
         said |= {"output_sqnr_db_dropped": finite(trial.dropped), "output_sqnr_db_fused": finite(trial.fused)}
         return said | {"kept": trial.kept, **({} if trial.kept else {"because": _because(trial)})}

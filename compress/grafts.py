@@ -190,22 +190,24 @@ def influences(
     call: Call,
     batches: Sequence[Batch],
     blocks: Sequence[str],
+    asked: Sequence[str] | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> dict[str, float]:
     """For each block the mean over tokens of the cosine between what the last block gives with it and without it (FuseGPT, sec.
     3.2): 1 is a block that nothing hangs on. Padded positions do not count.
 
     Args:
-        blocks: paths of all blocks of the model that run.
+        blocks: paths of all blocks of the model.
+        asked: of those that are asked about, which give a stream of the shape that they receive; by default all.
     """
-    found = {path: Sums() for path in blocks}
+    found = {path: Sums() for path in (blocks if asked is None else asked)}
     restart = Restart(model, call, blocks)
     with evaluating(model):
         for number, batch in enumerate(batches):
             restart.begin(batch)
             last = restart.order[-1]
-            exact = [restart.exact(path) for path in blocks]  # asked of the model as it is
-            assert exact is not None
+            for path in found:
+                restart.exact(path)  # asked of the model as it is, once
             whole = _tokens(model, last, restart.reference(0).features[last], batch)
             for path, sums in found.items():
                 with passing(model.get_submodule(path)):
