@@ -17,11 +17,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import apply, extract, inspect, plan, validate
+    from compress.api import apply, extract, inspect, plan, sensitivity, validate
     from compress.recipe import Recipe
     from compress.saved import load
 
-__all__ = ["Recipe", "apply", "extract", "inspect", "load", "plan", "validate"]
+__all__ = ["Recipe", "apply", "extract", "inspect", "load", "plan", "sensitivity", "validate"]
 
 _HOMES = {
     "Recipe": "compress.recipe",
@@ -30,6 +30,7 @@ _HOMES = {
     "inspect": "compress.api",
     "load": "compress.saved",
     "plan": "compress.api",
+    "sensitivity": "compress.api",
     "validate": "compress.api",
 }
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from compress.planning import Plan
     from compress.progress import Progress
     from compress.report import Report
+    from compress.sensitivity_report import SensitivityReport
     from compress.sources import Source
 
-__all__ = ["apply", "extract", "inspect", "plan", "validate"]
+__all__ = ["apply", "extract", "inspect", "plan", "sensitivity", "validate"]
 
 _SECTION = re.compile(r"model(\.(source|task|checkpoint|roles(\.[\w.]+)?))?|data(\.\w+)*")
 _MODEL = re.compile(r"(hf|timm|embedded):.*|.*\.py:[A-Za-z_]\w*")
@@ -73,6 +74,27 @@ def plan(recipe: Recipe | str | Path, *, trust: bool = False, evaluate: bool = T
     found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
     with _placed(found):
         return planning.make(found, trust=trust, evaluate=evaluate, progress=progress)
+
+
+def sensitivity(
+    recipe: Recipe | str | Path, *, trust: bool = False, rows: int | None = None, progress: Progress | None = None
+) -> SensitivityReport:
+    """What each site of a recipe's ``quantize`` loses alone, without labels: ``compress sensitivity`` from Python.
+
+    Args:
+        recipe: a recipe, the path of its file, or the name of a shipped one.
+        trust: whether Python files that the recipe names may be run.
+        rows: calibration rows on which losses are measured (default: 64, or as ``mixed`` says).
+        progress: where to tell how far it is (default: nowhere).
+
+    Raises:
+        UserError: what the user can change, with the place; ``MissingRuntime`` where a library is absent.
+    """
+    from compress import sensitivity_report
+
+    found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
+    with _placed(found):
+        return sensitivity_report.make(found, trust=trust, rows=rows, progress=progress)
 
 
 @contextmanager

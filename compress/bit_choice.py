@@ -13,7 +13,7 @@ from torch import nn
 from calibrate.errors import UserError
 from calibrate.inventory import inventory
 from compress.algorithms.knapsack import Frontier, frontier
-from compress.bit_groups import FLOAT, BitGroup, bit_groups, fixed_bytes
+from compress.bit_groups import FLOAT, BitGroup, bit_groups
 from compress.rehearsal import stand_in
 from compress.sensitivity import Loss, Sensitivity, decibels, measure
 from compress.site_options import Choice, Mixed, SiteOptions
@@ -46,7 +46,7 @@ class Bits:
         """Raises UserError for a candidate that no site can take."""
         groups, stuck = bit_groups(step, model, anatomy, candidates)
         before = sum(entry.bytes for entry in inventory(model).values())
-        return cls(groups, stuck, fixed_bytes(model, groups, before), before)
+        return cls(groups, stuck, before - sum(group.whole for group in groups), before)
 
     def frontier(self, losses: Sequence[Mapping[str, float]]) -> Frontier:
         """Of bytes (without those of everything else) and loss; choices are counted as in ``settings``."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.layers.conversion import QuantizedLayer
     from compress.passes.quantize import Quantize
 
-__all__ = ["BitGroup", "bit_groups", "fixed_bytes"]
+__all__ = ["FLOAT", "BitGroup", "bit_groups"]
 
 FLOAT = "float"
 
@@ -36,6 +36,7 @@ class BitGroup:
         numbers: of the weight.
         settings: what they may become, by label.
         refused: settings that they cannot take, with the reason.
+        whole: bytes as they are now.
         sizes: bytes at each setting, room for the factors of smoothed inputs among them; what only they hold counts.
     """
 
@@ -46,6 +47,7 @@ class BitGroup:
     numbers: int
     settings: Mapping[str, SiteOptions]
     refused: Mapping[str, str]
+    whole: int
     sizes: Mapping[str, int]
 
     @property
@@ -101,11 +103,6 @@ def bit_groups(
     return [group for group in found if group.settings], skipped | stuck
 
 
-def fixed_bytes(model: nn.Module, groups: Sequence[BitGroup], total: int) -> int:
-    """What the model holds beside the groups, of ``total`` bytes."""
-    return total - sum(_float_bytes(model, group.paths) for group in groups)
-
-
 def _settle(step: Quantize, model: nn.Module, draft: _Draft, wanted: Mapping[str, SiteOptions]) -> None:
     """Finds which of the settings a site can take, and its layers there."""
     for name, options in wanted.items():
@@ -143,6 +140,7 @@ def _group(model: nn.Module, members: Sequence[_Draft], factors: bool) -> BitGro
         numbers=int(model.get_submodule(first.site.path).get_parameter("weight").numel()),
         settings={name: first.settings[name] for name in shared},
         refused=refused,
+        whole=_float_bytes(model, paths),
         sizes={name: _bytes(model, paths, [draft.layers.get(name) for draft in members], factors) for name in shared},
     )
 

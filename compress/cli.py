@@ -20,7 +20,20 @@ if TYPE_CHECKING:
     from compress.progress import Progress
     from compress.report import Report
 
-__all__ = ["app", "apply", "extract", "inspect", "main", "passes", "plan", "recipes", "report", "schema", "validate"]
+__all__ = [
+    "app",
+    "apply",
+    "extract",
+    "inspect",
+    "main",
+    "passes",
+    "plan",
+    "recipes",
+    "report",
+    "schema",
+    "sensitivity",
+    "validate",
+]
 
 EXIT_CODES = (
     "Exit codes: 0 done and met; 1 a line of accept was missed; 2 a mistake of yours; 3 a runtime is not installed; "
@@ -153,6 +166,64 @@ def plan(
             print_table(console(), part)
         else:
             print(part)
+
+
+@app.command()
+def sensitivity(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe (`compress recipes`).")
+    ],
+    as_json: Json = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", readable=False, help="Write a page with the plot too.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="SETTING", help="Setting by whose loss the sites are sorted (the first).")
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows on which losses are measured (64).")] = None,
+    trust: Trust = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the table.")] = False,
+) -> None:
+    """Show which sites hurt: what the model's outputs lose when one site alone is quantized. No labels are read.
+
+    Passes before the first `quantize` are carried out first, in memory. Each site is then rounded at each candidate of its
+    `mixed`, or else at 8 bits (with its input rounded, and with the weights alone), 4 and 2 bits. Loss is the SQNR of the
+    outputs in dB: higher is better, and losses add up as noise. Nothing is written but the page.
+
+    **Examples**
+
+        compress sensitivity quickstart
+        compress sensitivity my.yaml --by 4 --html sensitivity.html
+        compress sensitivity my.yaml --json
+
+    Exit codes: 0 done; 2 a mistake in the recipe or the data (file:line:column); 3 a library is not installed.
+    """
+    from rich.table import Table
+
+    from compress import api
+
+    with _stoppable("stopped; nothing was written"), _progress(quiet) as progress:
+        found = api.sensitivity(recipe, trust=trust, rows=rows, progress=progress)
+    if by is not None and by not in found.settings:
+        raise UserError("--by", f"{by!r} is not a setting that was measured", f"There is: {', '.join(found.settings)}.")
+    chosen = by or found.settings[0]
+    if html is not None:
+        from compress.page.sensitivity import write_sensitivity
+
+        write_sensitivity(found, chosen, html)
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
+    from compress.sensitivity_table import render
+    from compress.terminal import console, print_table
+
+    for part in render(found, chosen):
+        if isinstance(part, Table):
+            print_table(console(), part)
+        else:
+            print(part)
+    if html is not None:
+        print(html)
 
 
 @app.command()

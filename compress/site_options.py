@@ -67,9 +67,9 @@ def options_of(choice: Choice | SiteOptions) -> SiteOptions:
 
 
 def label(options: SiteOptions) -> str:
-    """A setting in a word or two: ``4``, ``float``, ``8, input float``."""
+    """A setting in a word or two: ``4``, ``float``, ``8 weights only``."""
     weights = "as everywhere" if options.weights is None else str(options.weights)
-    return weights if options.activations is None or weights == "float" else f"{weights}, input float"
+    return weights if options.activations is None or weights == "float" else f"{weights} weights only"
 
 
 def overridden(

@@ -16,9 +16,9 @@ from compress.page.folder import Found, read
 from compress.page.judged import judged
 from compress.page.steps import steps
 
-__all__ = ["render", "write"]
+__all__ = ["TEMPLATES", "plotly_program", "policy", "render", "write"]
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(folder: Path) -> Path:
@@ -48,12 +48,12 @@ def render(found: Found) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    loader = FileSystemLoader(_TEMPLATES)
+    loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"size": wording.size, "memory": wording.memory, "seconds": wording.seconds}
     environment.filters |= {"plain": wording.plain, "link": story.link, "pairs": wording.pairs}
     figures = _figures(found)
-    scripts = [_plotly(), (_TEMPLATES / "page.js").read_text("utf-8")] if figures["drawn"] else []
+    scripts = [plotly_program(), (TEMPLATES / "page.js").read_text("utf-8")] if figures["drawn"] else []
     return environment.get_template("page.html").render(
         report=found.report,
         manifest=found.manifest,
@@ -73,10 +73,10 @@ def render(found: Found) -> str:
         parts=story.parts(found.report),
         again=story.again(found),
         marks=outcome.marks(found.report.rows),
-        style=Markup((_TEMPLATES / "style.css").read_text("utf-8")),
+        style=Markup((TEMPLATES / "style.css").read_text("utf-8")),
         scripts=[Markup(script) for script in scripts],
         blocks_by_need=block_plot.by_need(found.report.blocks),
-        policy=_policy(scripts),
+        policy=policy(scripts),
         **figures,
     )
 
@@ -111,7 +111,7 @@ def _validation(found: Found) -> dict[str, Any] | None:
 
 
 @cache
-def _plotly() -> str:
+def plotly_program() -> str:
     """plotly.js, minified, as the Python package carries it: its one bundle, 4.8 MB."""
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
@@ -121,7 +121,8 @@ def _plotly() -> str:
     return program
 
 
-def _policy(scripts: list[str]) -> str:
+def policy(scripts: list[str]) -> str:
+    """A content security policy that allows these scripts and nothing else."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{one}'" for one in hashes) or "'none'"
     rest = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

@@ -19,7 +19,7 @@ from compress.report import Limit, Report
 from compress.shipped import find_recipe, recipes_folder, shipped_recipes
 from compress.terminal import print_table
 
-COMMANDS = ("apply", "plan", "extract", "inspect", "validate", "report", "passes", "schema", "recipes")
+COMMANDS = ("apply", "plan", "sensitivity", "extract", "inspect", "validate", "report", "passes", "schema", "recipes")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -55,7 +55,7 @@ def test_help_has_a_purpose_an_example_and_exit_codes(
     text = capsys.readouterr().out
     assert f"compress {command}" in text
     assert "Examples" in text
-    if command in ("apply", "plan", "extract", "inspect", "validate", "report", "passes"):
+    if command in ("apply", "plan", "sensitivity", "extract", "inspect", "validate", "report", "passes"):
         assert "Exit codes" in text
 
 
