@@ -66,10 +66,11 @@ def compared(folder: Path, randoms: int, also: list[str]) -> int:
         label = "the same training, nothing taken over" if name == "base" else f"fused at random: {told['blocks']}"
         rows[label] = trial.rows(model)
     perplexity, same = metric("perplexity"), rows["dropped, the same blocks"]
-    print(f"\n{'blocks ' + str(blocks):44}{'perplexity':>24}{'against float':>28}{'against dropping the same':>32}")
+    print(f"\n{'blocks ' + str(blocks):44}  {'perplexity':>32}  {'against float':>32}  {'against dropping the same':>32}")
     for label, found in rows.items():
-        worse, against = perplexity.drop(rows["float"], found), perplexity.drop(same, found)
-        print(f"{label:44}{_said(perplexity.estimate(found), '.2f'):>24}{_said(worse, '+.1%'):>28}{_said(against, '+.1%'):>32}")
+        said = [_said(perplexity.estimate(found), ".2f")]
+        said += [_said(perplexity.drop(other, found), "+.1%") for other in (rows["float"], same)]
+        print(f"{label:44}" + "".join(f"  {text:>32}" for text in said))
     for told in report["rounds"]:
         taught = told["training"]
         levels = f"{told['output_sqnr_db_dropped']:.1f} -> {told['output_sqnr_db_fused']:.1f} dB"
