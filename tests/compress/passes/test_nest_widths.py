@@ -23,8 +23,8 @@ from compress.units import Units, find_units
 
 EXAMPLE = NestWidths(score="magnitude")
 FAMILIES = [
-    "bert", "modernbert", "gpt2", "opt", "llama", "qwen2", "qwen3", "phi3", "gpt_neox", "vit", "dinov2_swiglu", "swin", "pvt",
-    "timm_vit", "timm_swin", "timm_mobilevit", "mobilevit",
+    "bert", "modernbert", "gpt2", "opt", "llama", "qwen3", "gpt_neox", "vit", "dinov2_swiglu", "swin", "pvt", "timm_vit",
+    "timm_mobilevit",
 ]  # fmt: skip
 
 
