@@ -33,6 +33,10 @@ _LOOSE = 0.02
 """Share of the time that the chosen set may stay below the budget, before a larger set is looked for."""
 
 
+_FURTHEST = 0.5
+"""Least share of what was asked that a corrected budget may be: predictions that are off by more are told, not followed."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Time of the whole model, over that with all units, when each of some blocks of equal shape keeps a number of units.
@@ -183,7 +187,7 @@ def fit(groups: Sequence[Group], fixed: float, ratio: float, measure: Callable[[
         if last.low <= ratio <= last.high + _LOOSE:
             break
         saved, wanted = max(1.0 - last.ratio, 1e-3), 1.0 - ratio
-        budget = min(1.0, 1.0 - wanted * (1.0 - last.predicted) / saved)
+        budget = max(_FURTHEST * ratio, min(1.0, 1.0 - wanted * (1.0 - last.predicted) / saved))
     meeting = [trial for trial in tried if trial.low <= ratio]
     chosen = max(meeting, key=lambda trial: trial.budget) if meeting else min(tried, key=lambda trial: trial.ratio)
     return Fit(chosen, tuple(tried), bool(meeting))
