@@ -42,9 +42,11 @@ class Bits:
     before: int
 
     @classmethod
-    def of(cls, step: Quantize, model: nn.Module, anatomy: Anatomy, candidates: Sequence[Choice | SiteOptions]) -> Bits:
-        """Raises UserError for a candidate that no site can take."""
-        groups, stuck = bit_groups(step, model, anatomy, candidates)
+    def of(
+        cls, step: Quantize, model: nn.Module, anatomy: Anatomy, candidates: Sequence[Choice | SiteOptions], undo: bool = False
+    ) -> Bits:
+        """See ``bit_groups``, which raises UserError for a candidate that no site can take."""
+        groups, stuck = bit_groups(step, model, anatomy, candidates, undo)
         before = sum(entry.bytes for entry in inventory(model).values())
         return cls(groups, stuck, before - sum(group.whole for group in groups), before)
 

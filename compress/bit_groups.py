@@ -73,11 +73,11 @@ class _Draft:
 
 
 def bit_groups(
-    step: Quantize, model: nn.Module, anatomy: Anatomy, candidates: Sequence[Choice | SiteOptions]
+    step: Quantize, model: nn.Module, anatomy: Anatomy, candidates: Sequence[Choice | SiteOptions], undo: bool = False
 ) -> tuple[list[BitGroup], dict[str, str]]:
     """The groups of all sites that ``step`` would quantize, and sites that stay float whatever is chosen, with the reason.
 
-    A site that ``step.overrides`` names has that setting alone.
+    A site that ``step.overrides`` names has that setting alone, with ``undo`` float too.
 
     Args:
         step: without ``mixed`` and ``max_drop``.
@@ -92,7 +92,8 @@ def bit_groups(
     wanted = {label(options): options for options in map(options_of, candidates)}
     for draft in drafts:
         path = draft.site.path
-        _settle(step, model, draft, {label(own[path]): own[path]} if path in own else wanted)
+        rest = {name: options for name, options in wanted.items() if undo and name == FLOAT}
+        _settle(step, model, draft, {label(own[path]): own[path]} | rest if path in own else wanted)
     for name, options in wanted.items():
         takers = [draft for draft in drafts if name in draft.settings]
         if drafts and not takers and options.weights != FLOAT:

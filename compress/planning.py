@@ -188,7 +188,7 @@ def _pass(recipe: Recipe, number: int, done: Rehearsed, data: Data) -> PlannedPa
         sites=_grouped([(target.path, target.role, target.action) for target in done.targets]),
         skipped=_grouped([(path, roles.get(path, ""), reason) for path, reason in done.skips.items()]),
         calibration_rows=len(data.calibration) if step.calibrates else 0,
-        validation_rows=len(data.validation) if step.validates and data.validation is not None else 0,
+        validation_rows=len(data.validation) if (step.validates or step.judges) and data.validation is not None else 0,
         bytes_before=done.bytes_before,
         bytes_after=done.bytes_after,
     )

@@ -149,7 +149,7 @@ def _after(recipe: Recipe, source: Source, data: Data, count: int, progress: Pro
                 what = f"{step.timed.partition(', ')[0]} is measured in files, which this command does not write"
                 raise UserError(step.name, what, "Put quantize first in a copy of the recipe, or take the option out.")
             context = _context(recipe, source, data, model, surgery, progress)
-            context.validation = data.judge(source, recipe.data.metric) if step.validates else None
+            context.validation = data.judge(source, recipe.data.metric) if step.validates or step.judges else None
             model = step.run(model, context)
     return model
 

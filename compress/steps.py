@@ -139,7 +139,7 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRec
         seed=run.recipe.seed,
         progress=run.progress.update,
         latency=_latency(run),
-        validation=run.data.judge(run.source, run.recipe.data.metric) if step.validates else None,
+        validation=run.data.judge(run.source, run.recipe.data.metric) if step.validates or step.judges else None,
         fingerprint=run.source.fingerprint,
     )
     before, started = inventory(subject.model), time.perf_counter()

@@ -165,6 +165,11 @@ class Pass(BaseModel, ABC):
         return False
 
     @property
+    def judges(self) -> bool:
+        """Whether these options make the pass use validation rows where the recipe names some, and do without elsewhere."""
+        return False
+
+    @property
     def timed(self) -> str:
         """The option that makes the pass measure times, and what to write instead where none can be measured; or nothing."""
         return ""

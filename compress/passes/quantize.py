@@ -22,6 +22,7 @@ from compress.algorithms.rounding import WeightRange, codes_of, multiples, scale
 from compress.algorithms.smoothing import Smoothing, balanced, smoothing
 from compress.anatomy import Anatomy, Site
 from compress.bit_choice import choose, forecast
+from compress.bit_driver import drive
 from compress.folding import folds
 from compress.layers import QuantEmbedding, is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
@@ -137,6 +138,17 @@ class Quantize(Pass):
         description="Bits chosen site by site, among candidates, so that the outputs on calibration rows are predicted to lose "
         "least under one budget: size_ratio, size_mb or loss_db. The report tells them as overrides.",
     )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="How much worse than the model given this one may be: the metric on the rows of data.validation (perplexity: "
+        "a share), or without them the share of predictions on calibration rows that change. The sites that lose most alone are "
+        "undone until that holds: left float, or with mixed (without a budget) given what costs least.",
+    )
+    evaluations: int = Field(
+        12, ge=3, le=1000, description="With max_drop: most runs over the rows that judge; what they do not settle stays float."
+    )
     group_scales: Literal["free", "multiples"] = Field(
         "free",
         description="multiples: the scales of a channel's groups are whole multiples of one step, so that static 8-bit inputs "
@@ -192,8 +204,10 @@ class Quantize(Pass):
             raise ValueError(f"group_size has no meaning with granularity {self.granularity}")
         if self.group_scales == "multiples" and self.weights == 8 and not self.several:
             raise ValueError("group_scales: multiples is for weights of 4 or 2 bits in groups")
-        if self.mixed is not None and not self.mixed.budgets:
-            raise ValueError("mixed has no budget\nAdd size_ratio, size_mb or loss_db to it.")
+        if self.mixed is not None and not self.mixed.budgets and self.max_drop is None:
+            raise ValueError("mixed has no budget\nAdd size_ratio, size_mb or loss_db to it, or max_drop beside it.")
+        if self.mixed is not None and self.mixed.budgets and self.max_drop is not None:
+            raise ValueError("max_drop and a budget of mixed both say how far to go\nKeep one of them.")
         if wrong := nncf_refusal(self):
             raise ValueError(wrong)
         return self
@@ -206,7 +220,7 @@ class Quantize(Pass):
     @property
     def chooses(self) -> bool:
         """Whether bits are chosen when the pass runs."""
-        return self.mixed is not None
+        return self.mixed is not None or self.max_drop is not None
 
     @property
     def uniform(self) -> Quantize:
@@ -242,10 +256,26 @@ class Quantize(Pass):
         return self.uniform._plan(model, anatomy)[1]
 
     @property
+    def judges(self) -> bool:
+        return self.max_drop is not None
+
+    @property
+    def assumes(self) -> str:
+        if self.max_drop is not None:
+            return "max_drop undoes what it has to when the pass runs; sizes are those of the strongest setting"
+        if self.mixed is None:
+            return ""
+        if self.mixed.loss_db is not None:
+            return "bits are chosen by loss_db when the pass runs; sizes are those of the smallest choice"
+        return "bits are chosen when the pass runs; the choice that is shown is one that keeps the budget, which bounds the size"
+
+    @property
     def calibrates(self) -> bool:
         return self.chooses or self.activations == "static" or self.rounding == "gptq" or self.engine == "nncf"
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
+        if self.max_drop is not None:
+            return drive(self, model, context)
         if self.mixed is not None:
             return choose(self, model, context)
         jobs, skipped = self._plan(model, context.anatomy)
