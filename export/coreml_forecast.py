@@ -48,7 +48,7 @@ def weight_bytes(program: ExportedProgram, half: bool) -> int:
     for tensor in _stored(program):
         bits = tensor.element_size() * 8
         if tensor.is_floating_point():
-            bits = 16 if half else 32
+            bits = 16 if half or tensor.dtype in (torch.float16, torch.bfloat16) else 32
         elif tensor.dtype not in (torch.int8, torch.uint8):
             continue  # other integers stand in the program's text
         if tensor.numel() >= _SMALLEST:

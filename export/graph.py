@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature, raw_path
 
-__all__ = ["Traceable", "Untraceable", "weight_only"]
+__all__ = ["Traceable", "Untraceable", "cast_layers", "weight_only"]
 
 
 class Untraceable(UserError):
@@ -120,6 +120,11 @@ def weight_only(model: nn.Module) -> list[str]:
         and getattr(module, "activation", None) is None
         and not hasattr(module, "embedding_dim")
     ]
+
+
+def cast_layers(model: nn.Module) -> dict[str, str]:
+    """Layers that compute in 16 bits between float32, by path, with the type: the model itself says which floats are short."""
+    return {path: module.cast_to for path, module in model.named_modules() if isinstance(getattr(module, "cast_to", None), str)}
 
 
 @contextmanager

@@ -56,7 +56,9 @@ class Lowering:
     """The state of one lowering; ``op`` adds a node.
 
     Attributes:
-        compute: what float32 of the trace becomes (float16 for TensorRT by default).
+        compute: what float32 of the trace becomes (float16 for TensorRT by default); in a ``typed`` lowering, at a node that the
+            trace has in 16 bits, those.
+        typed: 16-bit floating point of the trace stays as it is.
         codes: site -> where and how its codes lie in the file (``export.onnx_file``).
         notes: plain sentences for the report.
     """
@@ -66,6 +68,7 @@ class Lowering:
     compute: torch.dtype = torch.float32
     codes: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    typed: bool = False
 
     def __post_init__(self) -> None:
         import onnx_ir as ir
@@ -74,6 +77,7 @@ class Lowering:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.node: fx.Node | None = None
+        self._around = self.compute
         self.symbols: dict[Any, tuple[Held, int, str]] = {}
         self.inputs: list[ir.Value] = []
         self._names: dict[str, int] = {}
@@ -82,6 +86,13 @@ class Lowering:
         self.domains: set[str] = set()
         self.shared: dict[Any, Held] = {}
         self.tables: set[int] = set()
+
+    def enter(self, node: fx.Node) -> None:
+        """Makes ``node`` the one that is lowered."""
+        self.node = node
+        if self.typed:
+            traced = getattr(self._traced(), "dtype", None)
+            self.compute = traced if traced in (torch.float16, torch.bfloat16) else self._around
 
     # -- names and places -------------------------------------------------------------------------------------------
 
@@ -110,6 +121,8 @@ class Lowering:
 
     def narrow(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in the file of a dtype in the trace."""
+        if self.typed and dtype in (torch.float16, torch.bfloat16):
+            return dtype
         return self.compute if dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16) else dtype
 
     def kind(self, dtype: torch.dtype) -> ir.DataType:
@@ -169,7 +182,7 @@ class Lowering:
         held.dtype = held.dtype if held.exact else self.narrow(held.dtype)
         small = tensor.nbytes <= _SHARED_BYTES
         origin, tensor = tensor, _cast(tensor, held.dtype)
-        identity = tensor.numpy().tobytes() if small else (origin.data_ptr(), tuple(origin.stride()))
+        identity = _array(tensor).tobytes() if small else (origin.data_ptr(), tuple(origin.stride()))
         key = (identity, tensor.dtype, tuple(tensor.shape))
         if key not in self._constants:
             name = self.unique(held.name or f"{self.path or 'model'}/constant")
@@ -182,11 +195,11 @@ class Lowering:
         shape = ir.Shape(tuple(tensor.shape))
         data = tensor.detach()
         if data.is_contiguous():
-            made: Any = ir.Tensor(data.numpy(), dtype=kind, shape=shape, name=name)
+            made: Any = ir.Tensor(_array(data), dtype=kind, shape=shape, name=name)
         else:
 
             def laid_out(data: Tensor = data) -> Any:
-                return ir.Tensor(data.contiguous().numpy(), dtype=kind, shape=shape, name=name)
+                return ir.Tensor(_array(data.contiguous()), dtype=kind, shape=shape, name=name)
 
             made = ir.LazyTensor(laid_out, dtype=kind, shape=shape, name=name)
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=made)
@@ -374,3 +387,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16 and tensor.dtype.is_floating_point:
         return tensor.clamp(-30000.0, 30000.0).to(dtype) if bool((tensor.abs() > 65504).any()) else tensor.to(dtype)
     return tensor.to(dtype)
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The numbers for numpy, which has no bfloat16: there its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

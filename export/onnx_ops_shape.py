@@ -90,7 +90,7 @@ def _same(b: Lowering, x: Held, *_: Any, **__: Any) -> Held:
 
 @lowers("to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy", "type_as", "to.prim_Device")
 def _to(b: Lowering, x: Held, *_: Any, **__: Any) -> Held:
-    if b.compute == torch.float16 and x.dtype.is_floating_point and b.dtype.is_floating_point:
+    if b.compute == torch.float16 and not b.typed and x.dtype.is_floating_point and b.dtype.is_floating_point:
         return x
     return b.cast(x, b.dtype)
 

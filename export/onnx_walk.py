@@ -136,7 +136,7 @@ class Walk:
         """Lowers every node that is used; returns the graph's result."""
         for node in graph.nodes:
             if node.op == "call_function":
-                self.into.node = node
+                self.into.enter(node)
                 self._call(node)
             elif node.op == "output":
                 found: list[fx.Node] = []

@@ -26,7 +26,7 @@ from export.coreml_contents import CODES, PARAMETERS, infinite, read_contents
 from export.coreml_ops import Carrier, conversion, decomposed, finite
 from export.coreml_weights import Target, refusal
 from export.disk import readable, space
-from export.graph import Traceable, weight_only
+from export.graph import Traceable, cast_layers, weight_only
 from export.mil_package import MODEL, Package, coremltools, package_files, quiet
 
 __all__ = ["CoreMLExporter"]
@@ -69,6 +69,8 @@ class CoreMLExporter(Exporter):
 
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
         refused: list[tuple[str, str]] = []
+        short = cast_layers(model).items()
+        refused += [(path, "Core ML has no bfloat16; cast to float16") for path, kind in short if kind == "bfloat16"]
         for path, module in model.named_modules():
             weight, activation = getattr(module, "quantized_weight", None), getattr(module, "activation", None)
             if weight is not None and hasattr(weight, "codes"):
@@ -91,7 +93,7 @@ class CoreMLExporter(Exporter):
         self.check(source)
         stored = sum(tensor.nbytes for tensor in {id(t): t for t in source.model.state_dict().values()}.values())
         with quiet():
-            size = package_bytes(decomposed(self._traced(source)), self.precision == "float16")
+            size = package_bytes(decomposed(self._traced(source)), self._floats(source.model) == "float16")
         reason = f"its inputs are not quantized: the weight is made {self.precision} and multiplied so"
         return Forecast(size, _CONVERSION + int(1.3 * stored), dict.fromkeys(weight_only(source.model), reason))
 
@@ -141,7 +143,7 @@ class CoreMLExporter(Exporter):
 
     def _convert(self, ct: Any, source: Traceable, package: Path) -> tuple[Carrier, ExportedProgram]:
         with quiet():
-            program = finite(decomposed(self._traced(source)), self.precision == "float16")
+            program = finite(decomposed(self._traced(source)), self._floats(source.model) == "float16")
             signature = program.graph_signature
             carrier = Carrier(self.target, {**signature.inputs_to_buffers, **signature.inputs_to_parameters})
             pipeline = ct.PassPipeline.DEFAULT
@@ -154,7 +156,7 @@ class CoreMLExporter(Exporter):
                         inputs=self._inputs(ct, source),
                         outputs=[ct.TensorType(name=source.signature.output_name, dtype=np.float32)],
                         minimum_deployment_target=getattr(ct.target, self.target),
-                        compute_precision=getattr(ct.precision, self.precision.upper()),
+                        compute_precision=getattr(ct.precision, self._floats(source.model).upper()),
                         pass_pipeline=pipeline,
                         skip_model_load=True,
                         package_dir=str(package),
@@ -167,6 +169,10 @@ class CoreMLExporter(Exporter):
                 what = f"Core ML cannot express this model: {line}"
                 raise UserError(source.name, what, "Rewrite that operation, or leave coreml out.") from error
         return carrier, program
+
+    def _floats(self, model: nn.Module) -> str:
+        """The type of floats that the model leaves to the exporter: float32 where its layers say themselves which are short."""
+        return "float32" if cast_layers(model) else self.precision
 
     def _traced(self, source: Traceable) -> ExportedProgram:
         """The shared trace, copied on the surface; raises ``UserError`` where the model takes less than ``shapes`` allows."""

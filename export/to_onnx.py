@@ -16,7 +16,7 @@ from torch import nn
 
 from calibrate.errors import MissingRuntime, UserError
 from export.contract import Artifact, Contents, Exporter, Forecast, NotRun, Runner
-from export.graph import Traceable
+from export.graph import Traceable, cast_layers
 from export.onnx_file import CODES, LIMIT_BYTES, contents, made_bytes, write, written_bytes
 from export.onnx_lowering import Dialect
 from export.onnx_runner import OnnxRunner, OpenVinoRunner, executed_ops, optimized
@@ -53,10 +53,11 @@ def lower(
     from export.onnx_lowering import Lowering
     from export.onnx_walk import Walk
 
-    half = dialect == "tensorrt" if float16 is None else float16
+    typed = bool(cast_layers(source.model))
+    half = (dialect == "tensorrt" if float16 is None else float16) and not typed
     _check_dimensions(source, dynamic)
     program = _lowerable(_traced(source, dynamic, batch))
-    lowering = Lowering(dialect, opset, torch.float16 if half else torch.float32)
+    lowering = Lowering(dialect, opset, torch.float16 if half else torch.float32, typed=typed)
     model = Walk(lowering, program, source.signature).run(source.signature.output_name)
     model.producer_name = "transformer-compress"
     model.graph.name = source.name
@@ -202,7 +203,8 @@ class OnnxExporter(Exporter):
         return self.openvino is True or (self.openvino == "auto" and importlib.util.find_spec("openvino") is not None)
 
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
-        found = []
+        reason = "ONNX Runtime has no products in bfloat16 on a CPU; cast to float16"
+        found = [(path, reason) for path, kind in cast_layers(model).items() if kind == "bfloat16"]
         for path, module in _quantized(model):
             activation = getattr(module, "activation", None)
             if activation is not None and activation.kind == "dynamic" and activation.bits != 8:

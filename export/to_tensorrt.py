@@ -22,7 +22,7 @@ from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import TensorSpec
 from export.contract import Artifact, Contents, Exporter, Forecast, NotRun, Runner
 from export.engine_listing import builder_of
-from export.graph import Traceable, weight_only
+from export.graph import Traceable, cast_layers, weight_only
 from export.memory import resident_bytes
 from export.tensorrt_contents import engine_contents, engine_report, qdq_path
 from export.tensorrt_job import LIBRARIES, build_engine, product
@@ -174,7 +174,7 @@ class TensorRTExporter(Exporter):
         from export.tensorrt_lowering import explicit, float32_scales
         from export.to_onnx import lower
 
-        half = self.precision == "float16"
+        half = self.precision == "float16" and not cast_layers(source.model)
         with explicit():
             graph = lower(source, "tensorrt", self.dynamic, self.batch, _OPSET, float16=half)
         if half and "7.5" not in self.compute_capabilities:  # which has no product typed float32, integers or not

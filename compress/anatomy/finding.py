@@ -178,6 +178,7 @@ def _assemble(model: nn.Module, reading: _Reading, given: Mapping[str, Any]) -> 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     weight = getattr(getattr(module, "quantized_weight", None), "shape", None)
+    weight = getattr(getattr(getattr(module, "stored", None), "values", None), "shape", weight)
     if weight is None:
         own = module._parameters.get("weight")
         weight = own.shape if own is not None else _vector_shape(module)

@@ -314,7 +314,7 @@ class Flow:
         for own, held in caller._parameters.items():
             if held is tensor:
                 return (called, True) if own == "weight" else (f"{called}.{own}".lstrip("."), False)
-        layer = re.sub(r"\.(quantized_weight|parametrizations\.weight)$", "", holder)
+        layer = re.sub(r"\.(quantized_weight|stored|parametrizations\.weight)$", "", holder)
         return (layer, True) if attribute == "weight" or layer != holder else (name, False)
 
     def _kind(self, step: Step, direct: bool, turned: bool) -> str:

@@ -25,13 +25,14 @@ def layers(model: nn.Module) -> dict[str, Kind]:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a layer by its type, None for a module that is not one."""
+    from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
     from compress.layers.quantized import QuantConv2d, QuantEmbedding, QuantLinear
 
-    if isinstance(module, (nn.Linear, QuantLinear)):
+    if isinstance(module, (nn.Linear, QuantLinear, CastLinear)):
         return "linear"
-    if isinstance(module, (nn.Conv2d, QuantConv2d)):
+    if isinstance(module, (nn.Conv2d, QuantConv2d, CastConv2d)):
         return "conv2d"
-    if isinstance(module, (nn.Embedding, QuantEmbedding)):
+    if isinstance(module, (nn.Embedding, QuantEmbedding, CastEmbedding)):
         return "embedding"
     weight = module._parameters.get("weight")
     if weight is None or list(module.children()):

@@ -2,12 +2,16 @@
 
 from compress.layers.absent import Absent
 from compress.layers.attention import SplitAttention, split_attention
+from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
 from compress.layers.topk_attention import TopKAttention
 
 __all__ = [
     "Absent",
     "ActivationGrid",
+    "CastConv2d",
+    "CastEmbedding",
+    "CastLinear",
     "Codes",
     "QuantConv2d",
     "QuantEmbedding",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint
 
 from calibrate.errors import UserError
+from compress.passes.cast import Cast
 from compress.passes.contract import Context, Pass, Target
 from compress.passes.drop_layers import DropLayers
 from compress.passes.extract_width import ExtractWidth
@@ -18,7 +19,7 @@ from compress.passes.topk_attention import TopkAttention
 
 __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
-PASSES: tuple[type[Pass], ...] = (Quantize, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, FuseLayers)
+PASSES: tuple[type[Pass], ...] = (Quantize, Cast, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, FuseLayers)
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 
 

@@ -63,6 +63,7 @@ class Case:
 CASES = [
     Case("int8-text-encoder", "bert"),
     Case("nncf-text-encoder", "bert", (("rows: 128", "rows: 16"),)),
+    Case("float16", "distilbert", (("rows: 128", "rows: 32"),), least_db=50),
     Case("dynamic-int8", "distilbert"),
     Case("int8-weights-only", "roberta", least_db=30),
     Case("smallest-text-encoder", "bert", evaluate=False),
@@ -80,6 +81,8 @@ CASES = [
     # The same function: sums in another order.
     Case("nested-text-encoder", "bert", least_db=100, most_db=160),
     Case("cut-from-nested", "bert", least_db=0, after="nested-text-encoder"),
+    Case("mixed-bits", "bert", (("size_ratio: 0.2}", "size_ratio: 0.27}"), ("size_ratio: 0.25", "size_ratio: 0.9")), least_db=8),
+    Case("max-drop", "bert", (("rows: 256", "rows: 64"), ("rows: 512", "rows: 64"))),
     Case("int4-weights", "llama", (("rows: 256", "rows: 32"),), least_db=9),
     Case("gpt2-int8", "gpt2", least_db=30),
     # One of two random layers out.
