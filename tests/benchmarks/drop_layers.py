@@ -60,7 +60,10 @@ class Bench:
         data = load_data(recipe, self.source)
         self.example = data.example
         self.calibration = list(first(data.calibration_batches(), self.rows))
-        self.batches, self.labels = short(list(data.evaluation.batches(1)), data.evaluation.labels)
+        judged = data.evaluation
+        assert judged is not None
+        assert judged.labels is not None
+        self.batches, self.labels = short(list(judged.batches(1)), judged.labels)
         self.float = self.outputs(self.source.model)
 
     def outputs(self, model: nn.Module) -> Tensor:
