@@ -215,7 +215,7 @@ def test_a_pattern_that_matches_nothing_is_refused(step: type[Pass]) -> None:
     for name, field in step.model_fields.items():
         kind = str(field.annotation)
         wrong: list[Any] = ["no.such.place"] if "str" in kind else [0.5] * 99 if "float" in kind else [99]
-        if "list" not in str(field.annotation) and "tuple" not in str(field.annotation):
+        if "dict" in kind or ("list" not in kind and "tuple" not in kind):
             continue
         tried += 1
         options = {**example(step).model_dump(), name: wrong}
