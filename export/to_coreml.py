@@ -54,7 +54,9 @@ class CoreMLExporter(Exporter):
     filename: ClassVar[str] = "coreml/model.mlpackage"
 
     target: Target = Field("iOS18", description="Oldest system that opens the file; older ones hold fewer kinds of weights.")
-    precision: Literal["float16", "float32"] = Field("float16", description="Floats around the integers.")
+    precision: Literal["float16", "float32"] = Field(
+        "float16", description="Floats around the integers; after the pass cast the model's own types hold."
+    )
     batch: PositiveInt = Field(1, description="Rows that the file takes, where shapes does not free them.")
     shapes: Literal["fixed"] | list[Sizes] | Ranges = Field(
         "fixed",

@@ -48,7 +48,9 @@ class TensorRTExporter(Exporter):
     extra: ClassVar[str] = "tensorrt-rtx"
     filename: ClassVar[str] = "tensorrt/model.engine"
 
-    precision: Literal["float16", "float32"] = Field("float16", description="the floating point around the integers")
+    precision: Literal["float16", "float32"] = Field(
+        "float16", description="the floating point around the integers; after the pass cast the model's own types hold"
+    )
     dynamic: tuple[str, ...] = Field(("batch",), description="dimensions that stay free, such as batch and tokens")
     batch: PositiveInt = Field(1, description="rows of the engine where batch is not dynamic")
     profile: dict[str, Range] = Field(

@@ -49,7 +49,8 @@ class Cast(Pass):
     2402.17762). Padded positions count: an infinity there spreads all the same.
 
     Inputs and outputs of the model keep their types. What writes float16 around weights by itself (Core ML, TensorRT) leaves that
-    to this pass where it was run. Core ML has no bfloat16, and ONNX Runtime has no products in it on a CPU.
+    to this pass where it was run. Core ML has no bfloat16, and ONNX Runtime has no products in it on a CPU; those in float16 it
+    computes in float32 there.
     """
 
     name: ClassVar[str] = "cast"

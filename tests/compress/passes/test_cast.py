@@ -157,6 +157,7 @@ def test_onnx_has_casts_at_the_islands_and_float32_outside(tmp_path: Path) -> No
     kinds = {node.name: node.inputs[1].dtype.name for node in graph.graph if node.op_type == "MatMul"}
     by_site = {name.partition("/")[0]: kind for name, kind in kinds.items()}
     assert by_site == {"first": "FLOAT16", "up": "FLOAT", "down": "FLOAT", "last": "FLOAT16"}
+    assert any("widens" in note for note in graph.meta["notes"])
     assert {value.dtype.name for value in (*graph.graph.inputs, *graph.graph.outputs)} == {"FLOAT"}
     output = run(OnnxExporter(), trial, tmp_path / "model.onnx")
     assert sqnr_db(trial.outputs(trial.before)[:8], output) >= 60
