@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compress.passes.contract import Context
     from compress.passes.quantize import Quantize
 
-__all__ = ["Assignment", "Bits", "choose", "forecast", "with_settings"]
+__all__ = ["Assignment", "Bits", "as_options", "choose", "forecast", "with_settings"]
 
 _TRIALS = 8
 """Assignments that are tried for a loss, before the best of all."""
@@ -129,7 +129,7 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
     context.report["mixed"] = {
         "budget": mixed.budgets,
         "score": mixed.score,
-        **told(bits, found, chosen, curve),
+        **_told(bits, found, chosen, curve),
         "measured": found.reference.loss(model).json(),
         "bytes_after": sum(entry.bytes for entry in inventory(model).values()),
         "tried": tried,
@@ -145,7 +145,7 @@ def _fixed(step: Quantize, bits: Bits, chosen: Assignment) -> Quantize:
 
 def _assigned(bits: Bits, found: Sensitivity, curve: Frontier, point: int) -> Assignment:
     settings = bits.settings(curve.choices(point))
-    return Assignment(settings, bits.bytes(settings), noise_of(found, settings))
+    return Assignment(settings, bits.bytes(settings), _noise_of(found, settings))
 
 
 def _rounding(chosen: Assignment, mixed: Mixed) -> Assignment:
@@ -191,7 +191,7 @@ def _good_enough(
         wanted, last = wanted + max(asked - measured, 0.1), point
 
 
-def told(bits: Bits, found: Sensitivity, chosen: Assignment, curve: Frontier) -> dict[str, Any]:
+def _told(bits: Bits, found: Sensitivity, chosen: Assignment, curve: Frontier) -> dict[str, Any]:
     """What a report says of an assignment: it can be written as ``overrides`` again."""
     sites = found.json()
     for group, entry in zip(bits.groups, sites, strict=True):
@@ -259,7 +259,7 @@ def _guessed(group: BitGroup, name: str) -> float:
     return group.numbers * (4.0 ** -int(bits or 8) + (0.0 if group.settings[name].activations else 4.0**-8))
 
 
-def noise_of(found: Sensitivity, settings: Mapping[str, str]) -> float:
+def _noise_of(found: Sensitivity, settings: Mapping[str, str]) -> float:
     """The predicted loss of an assignment: those of the single sites together."""
     return sum(losses[settings[group.name]].noise for group, losses in zip(found.groups, found.losses, strict=True))
 

@@ -114,7 +114,7 @@ def drive(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
     while low + 1 < high and judge.left > 1:
         context.progress(len(judge.told), step.evaluations, f"tried: {rung} of {len(ladder)} steps undone")
         trial = stand_in(model)
-        fixed(step, bits, ladder[rung]).run(trial, replace(context, report={}, surgery=Surgery()))
+        _fixed(step, bits, ladder[rung]).run(trial, replace(context, report={}, surgery=Surgery()))
         tried[rung] = judge.drop(trial, rung)
         if tried[rung] <= step.max_drop:
             high = rung
@@ -122,7 +122,7 @@ def drive(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
             low = rung
         rung = (low + high) // 2
     if high < len(ladder):
-        model = fixed(step, bits, ladder[high]).run(model, context)
+        model = _fixed(step, bits, ladder[high]).run(model, context)
         again = judge.drop(model, high)
         if again > step.max_drop:
             what = f"max_drop: the chosen setting lost {again:.4g} when it was verified, and {tried[high]:.4g} when it was tried"
@@ -151,7 +151,7 @@ def _ladder(step: Quantize, model: nn.Module, context: Context) -> tuple[Bits, S
     return bits, found, [one for one in made if set(one.values()) != {FLOAT}]
 
 
-def fixed(step: Quantize, bits: Bits, settings: Settings) -> Quantize:
+def _fixed(step: Quantize, bits: Bits, settings: Settings) -> Quantize:
     """The pass as a recipe could have written it: with ``mixed`` every site is named, else only what was undone."""
     named = bits.groups if step.mixed else [group for group in bits.groups if settings[group.name] == FLOAT]
     return step.model_copy(update={"mixed": None, "max_drop": None, "overrides": with_settings(step, named, settings)})

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.sources import Source
 
-__all__ = ["SensitivityReport", "SettingLoss", "SiteLoss", "make"]
+__all__ = ["SensitivityReport", "SettingLoss", "SiteLoss", "Uniform", "make"]
 
 
 class _Record(BaseModel):

@@ -153,7 +153,11 @@ def _told(entry: Any) -> str:
     if name != "quantize":
         return str(name).replace("_", " ")
     rounded = options.get("activations", "static")
-    return f"weights {options.get('weights', 8)} bits, activations {'float' if rounded == 'none' else rounded}"
+    if mixed := options.get("mixed"):
+        bits = f"weights {' or '.join(map(str, mixed.get('candidates', ['chosen'])))} bits"
+    else:
+        bits = f"weights {options.get('weights', 8)} bits"
+    return f"{bits}, activations {'float' if rounded == 'none' else rounded}"
 
 
 def _names(entries: Iterable[Any]) -> list[str]:

@@ -70,6 +70,14 @@ class Quantize(Pass):
     ``sites`` it takes every projection inside the blocks: not the embeddings, not the norms, not the head. What it
     cannot take stays float and is listed in the report with the reason.
 
+    With ``mixed`` the bits of each site are chosen: what the outputs lose when it alone is rounded is measured on calibration
+    rows, those losses add up as noise (they are reported beside what the whole then loses), and the least sum under a budget
+    is found exactly, as a knapsack (Hubara et al. 2020, arXiv 2006.10518, sec. 4, with the outputs' squared error in the
+    place of the task loss). Sites that hold one weight share their bits; a site that cannot take a candidate has another.
+    Bytes are those in memory, with room for the factors of smoothed inputs. With ``max_drop`` the strongest setting is tried
+    first, and the sites that lose most are undone until the drop on the rows that judge is allowed; how many is found by
+    bisection.
+
     ``engine: nncf`` leaves all of this to NNCF (nncf.quantize, or nncf.compress_weights with ``activations: none``; its preset
     for transformers): its ranges, SmoothQuant, fast bias correction and weight compression. It is given the calibration rows
     one by one, padding included, and works on two copies of the model. Codes, scales, zero points, factors and biases are
@@ -81,7 +89,7 @@ class Quantize(Pass):
     source: ClassVar[str] = (
         "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
         "Frantar et al. 2023, arXiv 2210.17323; Behdin et al. 2023, arXiv 2309.01885; engine: nncf: Kozlov et al. 2020, arXiv "
-        "2002.08679"
+        "2002.08679; mixed: Hubara et al. 2020, arXiv 2006.10518"
     )
     needs_calibration: ClassVar[bool] = True
 

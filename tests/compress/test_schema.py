@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import operator
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -193,8 +194,8 @@ def complete() -> Iterator[tuple[str, dict[str, Any]]]:
     for key, known in (("passes", known_passes()), ("export", {one.format: one for one in EXPORTERS})):
         for name, entry in known.items():
             reference = next(one for one in alternatives(schema, [key, 0, name]))
-            for options in sound(entry, sample(reference)):
-                yield key, {**least, key: [{name: options}]}
+            for options in (one for part in apart(entry, sample(reference)) for one in sound(entry, part)):
+                yield from ((key, made) for made in with_mappings({**least, key: [{name: options}]}))
             if not refused({**least, key: [name]}):
                 yield key, {**least, key: [name, {name: None}, {name: {}}]}
 
@@ -208,20 +209,40 @@ def with_mappings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield changed(document, place, sample(one))
 
 
-def sound(model: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "alpha": {"engine": "nncf"},
+    "scale_estimation": {"engine": "nncf", "weights": 4, "activations": "none"},
+}
+"""Options that mean nothing without others."""
+
+
+def apart(model: Any, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options, and one for each further mapping that an option needs because its own keys do not go together."""
+    made = dict(options)
+    for name, value in options.items():
+        inner = [one for one in typing.get_args(model.model_fields[name].annotation) if hasattr(one, "model_fields")]
+        if inner and isinstance(value, dict):
+            made[name], *others = sound(inner[0], value)
+            yield from ({name: other} for other in others)
+    yield made
+
+
+def sound(model: Any, options: dict[str, Any], needed: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """The options in as few mappings as the model takes them: some do not go together."""
-    kept: dict[str, Any] = {}
+    if needed is None:
+        needed = {name: value for name, value in options.items() if model.model_fields[name].is_required()}
+    kept: dict[str, Any] = dict(COMPANIONS.get(next(iter(options)), {}))
     left: dict[str, Any] = {}
     for name, value in options.items():
         try:
-            model(**{**kept, name: value})
+            model(**{**needed, **kept, name: value})
             kept[name] = value
         except ValidationError:
             left[name] = value
     assert kept, f"{model.__name__} takes none of {left}"
-    yield kept
-    if left:
-        yield from sound(model, left)
+    yield {**needed, **kept}
+    if left := {name: value for name, value in left.items() if name not in needed}:
+        yield from sound(model, left, needed)
 
 
 def keys(schema: Any, path: tuple[str, ...] = (), part: Any = None) -> Iterator[tuple[str, ...]]:
