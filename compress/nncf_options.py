@@ -22,7 +22,8 @@ _OURS = (
 
 def nncf_refusal(step: Quantize) -> str | None:
     """What is wrong with the options of a step and, on a second line, the way out; None where all is well."""
-    given = step.model_fields_set
+    fields = type(step).model_fields
+    given = {name for name in step.model_fields_set if getattr(step, name) != fields[name].get_default(call_default_factory=True)}
     if step.engine == "own":
         theirs = sorted({"alpha", "scale_estimation"} & given)
         return f"{theirs[0]} is an option of engine: nncf\nAdd engine: nncf, or leave it out." if theirs else None
@@ -37,7 +38,8 @@ def nncf_refusal(step: Quantize) -> str | None:
         return "smooth: NNCF has no balanced factors\nUse true, with alpha if need be, or engine: own."
     if step.rounding != "nearest":
         return "rounding: NNCF has no GPTQ for torch models\nUse nearest, or engine: own."
-    if "range" in given and step.range not in ("minmax", "percentile"):
+    chosen = "range" in step.model_fields_set and len(step.model_fields_set) < len(fields)  # not all written out again
+    if chosen and step.range not in ("minmax", "percentile"):
         return f"range: NNCF has no {step.range}\nUse minmax or percentile, leave it out for NNCF's choice, or use engine: own."
     return _static_refusal(step) if step.activations == "static" else _weights_refusal(step)
 
@@ -68,7 +70,7 @@ def _weights_refusal(step: Quantize) -> str | None:
 
 def nncf_settings(step: Quantize) -> NncfSettings:
     """The options of a step in NNCF's terms."""
-    chosen = "range" in step.model_fields_set
+    chosen = "range" in step.model_fields_set and step.range != type(step).model_fields["range"].default
     alpha = _ALPHA if step.alpha is None else step.alpha
     return NncfSettings(
         alpha=alpha if step.smooth else -1.0,
