@@ -29,6 +29,8 @@ from compress.width_search import Group, TooSmall, choose
 
 __all__ = ["PruneWidth"]
 
+_BUSY = 0.1
+"""Width of the interval of a ratio of times above which a choice by them is doubtful."""
 _NOISE = 0.02
 """Of a measured ratio, by which the smallest one that is named may be off."""
 
@@ -271,6 +273,9 @@ class PruneWidth(Pass):
         written = ", ".join(f"{name}: {numbers}" for name, numbers in stay.items()).replace("None", "null")
         again = f"chosen by measured times, which vary between runs; the same units go again with stay: {{{written}}}"
         context.report["warnings"] = [again]
+        if told["high"] - told["low"] > _BUSY:
+            spread = f"the ratio of times is {told['low']:g} to {told['high']:g}: other work ran on this machine"
+            context.report["warnings"].append(f"{spread}; the choice may be far from what an idle one would give")
         if not told["met"]:
             context.report["warnings"].append(f"latency_ratio: {ratio:g} was not reached: {told['measured']:g} was measured")
         return gone
