@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def test_the_budget_is_met_and_used_and_predicted(ratio: float) -> None:
         assert row["taken_as"] == sorted(row["taken_as"])
         assert row["stay"][0] == 0
         assert row["measured"][-1] == 1
+
+
+def test_a_busy_machine_is_said() -> None:
+    class Busy(Clock):
+        def __call__(self, models: Iterable[nn.Module]) -> list[Timing]:
+            return [replace(one, ratio=one.ratio and replace(one.ratio, low=0.5, high=0.9)) for one in super().__call__(models)]
+
+    busy = timed(PruneWidth(latency_ratio=0.7, **OPTIONS), Busy())
+    calm = timed(PruneWidth(latency_ratio=0.7, **OPTIONS), Clock())
+    told = [any("other work ran" in says for says in trial.context.report["warnings"]) for trial in (busy, calm)]
+    assert told == [True, False]
 
 
 def test_what_takes_no_time_stays() -> None:
