@@ -14,10 +14,12 @@ from compress.depth_repair import Judge, finite
 from compress.distillation import Course, Lesson, distil
 from compress.passes.contract import Context
 
-__all__ = ["distil_blocks"]
+__all__ = ["distil_blocks", "thinned"]
 
-_RATE = 0.004
+_RATE = 0.001
 """Of Adam, in root mean squares of a weight of the blocks (their median): a step moves no weight by more."""
+_MASKED = 0.6
+"""Largest share of the tokens of a row that is masked."""
 _ROWS = 16
 _PATIENCE = 1 << 30
 """The loss may rise while the rate is high: what counts is where it ends."""
@@ -38,6 +40,9 @@ def distil_blocks(
     into, so that another model that shares them keeps its own. Quantized weights, those that are shared with what is outside the
     blocks, and all that are not float32 stay as they are.
 
+    Where rows have an attention mask, tokens of them are masked at random: a model knows the rows that it was trained on by
+    heart, and what it gives for others is what should be learnt.
+
     Args:
         rows: to learn from, and held out.
         epochs: times that each row to learn from is seen.
@@ -52,9 +57,11 @@ def distil_blocks(
         return {"because": "no block has a float32 weight to train"}
     places = {path: (path.rpartition(".")[0], path.rpartition(".")[2]) for path in names}
     old = {path: model.get_submodule(owner)._parameters[name] for path, (owner, name) in places.items()}
-    judge = Judge(original, context.call, rows[1])
+    generator = torch.Generator().manual_seed(context.seed)
+    fit, held = (thinned(part, generator) for part in rows)
+    judge = Judge(original, context.call, rows[1] if held is rows[1] else [*rows[1], *held])
     before = judge.sqnr_db(model)
-    lesson = Lesson(original, context.call, rows, blocks, "features", _ROWS)
+    lesson = Lesson(original, context.call, (fit, held), blocks, "features", _ROWS)
     matrices = [model.get_parameter(name) for name in names if model.get_parameter(name).dim() > 1]
     rate = _RATE * statistics.median(map(_size, matrices))
     course = Course(epochs=epochs, rows=_ROWS, patience=_PATIENCE, seed=context.seed)
@@ -66,6 +73,21 @@ def distil_blocks(
             model.get_submodule(owner)._parameters[name] = old[path]
         told |= {"sqnr_db_after": finite(before), "undone": "the model's outputs on the held-out rows were nearer without it"}
     return told | {"training": taught.json()}
+
+
+def thinned(batches: Sequence[Batch], generator: torch.Generator) -> Sequence[Batch]:
+    """The rows with a random share of their tokens masked, from none to most, but never the first; the very same batches where
+    they have no attention mask."""
+    if not all("attention_mask" in batch and batch["attention_mask"].dim() == 2 for batch in batches):
+        return batches
+    found = []
+    for batch in batches:
+        mask = batch["attention_mask"]
+        share = _MASKED * torch.rand(len(mask), 1, generator=generator)
+        stays = torch.rand(mask.shape, generator=generator) >= share
+        first = torch.zeros_like(stays).scatter_(1, mask.ne(0).int().argmax(1, keepdim=True).cpu(), True)
+        found.append({**batch, "attention_mask": mask * (stays | first).to(mask)})
+    return found
 
 
 def _trainable(model: nn.Module, blocks: Sequence[str]) -> list[str]:

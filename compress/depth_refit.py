@@ -1,7 +1,7 @@
-"""The projection that next adds to the residual stream makes up for what was taken out before it.
+"""The projections that add to the residual stream make up for what was taken out before them.
 
-Its weights become those with which the stream behind it comes nearest to the float model's, in least squares over the
-calibration rows (``compress.repair``). They stay only where the model's output on held-out rows gets nearer too.
+One after the other their weights become those with which the stream behind them comes nearest to the float model's, in least
+squares over the calibration rows (``compress.repair``). They stay only where the model's output on held-out rows gets nearer too.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Original:
         self.tied = {site.path for site in anatomy.sites if site.tied} | {site.tied for site in anatomy.sites if site.tied}
         self.where = Whereabouts.of(self.model, [one.sink for one in found])
 
-    def next_after(self, gone: Sequence[Sublayer], blocks: Sequence[int]) -> list[Sublayer]:
-        """The first sublayer that is left behind each run of those that are gone."""
+    def behind(self, gone: Sequence[Sublayer], blocks: Sequence[int]) -> list[Sublayer]:
+        """The sublayers that are left behind the first of those that are gone."""
         sinks = {one.sink for one in gone}
         found, missing = [], False
         for one in self.order:
@@ -48,7 +48,6 @@ class Original:
                 missing = True
             elif missing:
                 found.append(one)
-                missing = False
         return [one for one in found if one.constant == one.sink and not one.obstacle and one.sink not in self.tied]
 
 
@@ -60,11 +59,13 @@ def refit(
     edits: Sequence[Edit],
     rows: tuple[Sequence[Batch], Sequence[Batch]],
     judge: Judge,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[str]:
     """Refits the last projections of the given sublayers, in order; returns the paths, in the float model, of those that stay."""
     kept = []
     level = judge.sqnr_db(model)
-    for one in after:
+    for number, one in enumerate(after):
+        progress(number, len(after), f"repair {one.sink}")
         path = original.where.after(one.sink, edits)
         if path is None:
             continue

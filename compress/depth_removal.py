@@ -107,7 +107,7 @@ class Removal:
         assert self.judge is not None
         assert self.original is not None
         assert self.greedy is not None
-        behind = [self.model.get_submodule(one.sink) for one in self.original.next_after(sublayers, blocks)]
+        behind = [self.model.get_submodule(one.sink) for one in self.original.behind(sublayers, blocks)]
         old = [dict(module._parameters) for module in behind]
         before = self.greedy.now
         self._keep_means(sublayers)
@@ -218,9 +218,9 @@ class Removal:
         assert self.original is not None
         after = self.judge.sqnr_db(self.model)
         bare = self._without() if self.kept else after
-        behind = self.original.next_after(sublayers, blocks)
+        behind = self.original.behind(sublayers, blocks)
         rows, edits = (self.fit, self.held), self.context.edits[self.start :]
-        refitted = refit(self.model, self.context.call, self.original, behind, edits, rows, self.judge)
+        refitted = refit(self.model, self.context.call, self.original, behind, edits, rows, self.judge, self.context.progress)
         after = self.judge.sqnr_db(self.model) if refitted else after
         places = [one.constant for one in sublayers if one.constant]
         told: dict[str, Any] = {"rows": self.judge.rows, "sqnr_db_before": finite(bare), "sqnr_db_after": finite(after)}

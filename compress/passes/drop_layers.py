@@ -39,10 +39,11 @@ class DropLayers(Pass):
     ones first, then heads of the attentions that stayed, go where the task loss on the recipe's labelled validation rows does
     not rise by more than ``tolerance``. Rows that chose cannot judge: the evaluation rows are others.
 
-    With ``repair`` the mean of what a sublayer added on the calibration rows stays as a bias, and the next projection that
-    adds to the stream is fitted by least squares so that the stream behind it is what it was; each only where the model's
-    output on rows held out gets nearer to what it was. With ``distill`` what is left of the blocks is then trained, without
-    labels, until their outputs and the model's are what they were; that too stays only where the held-out rows agree.
+    With ``repair`` the mean of what a sublayer added on the calibration rows stays as a bias, and the projections behind that
+    add to the stream are fitted by least squares, first to last, so that the stream behind each is what it was; each only where
+    the model's output on rows held out gets nearer to what it was. With ``distill`` what is left of the blocks is then
+    trained, without labels, until their outputs and the model's are what they were; that too stays only where the held-out rows
+    agree.
     """
 
     name: ClassVar[str] = "drop_layers"
@@ -73,7 +74,7 @@ class DropLayers(Pass):
     rows: int = Field(128, ge=1, description="Calibration rows that score: output looks at.")
     repair: bool | None = Field(
         None,
-        description="Keep the mean that a sublayer added as a bias and refit the next projection, where held-out rows say "
+        description="Keep the mean that a sublayer added as a bias and refit the projections behind, where held-out rows say "
         "that it helps; by default with count and ratio. Reads calibration rows.",
     )
     distill: int = Field(

@@ -311,7 +311,7 @@ def test_a_constant_stays_where_it_helps_on_held_out_rows() -> None:
     assert told["constants"] == ["blocks.1.mlp.fc2"]
     assert told["sqnr_db_after"] > told["sqnr_db_before"] + 3
     assert repaired.sqnr_db > plain.sqnr_db + 3
-    assert set(told["refitted"]) <= {"blocks.2.attn.proj"}
+    assert all(int(path.split(".")[1]) > 1 for path in told["refitted"])
     assert torch.equal(repaired.outputs(rebuilt(repaired)), repaired.outputs(repaired.after))
 
 
@@ -329,7 +329,7 @@ def test_a_constant_that_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("options", [{"attention": [1]}, {"mlp": [0, 2]}, {"blocks": [1]}], ids=str)
-def test_the_next_projection_makes_up_for_what_is_gone(options: dict[str, Any]) -> None:
+def test_the_projections_behind_make_up_for_what_is_gone(options: dict[str, Any]) -> None:
     model, signature, rows = digits()
     plain, repaired = (tried(DropLayers(**options, repair=repair), model, signature, rows) for repair in (False, True))
     told = repaired.context.report["repair"]
