@@ -47,7 +47,7 @@ class Clock:
         total = self.fixed
         for heads, neurons in counts(model):
             total += heads * self.head + neurons * self.neuron + self.entry * (heads > 0)
-        return total**self.power
+        return float(total**self.power)
 
     def __call__(self, models: Iterable[nn.Module]) -> list[Timing]:
         times = [self.time(model) for model in models]
