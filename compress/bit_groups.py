@@ -13,6 +13,7 @@ from calibrate.errors import UserError
 from calibrate.grid import Grid
 from compress.anatomy import Anatomy, Site
 from compress.layers import QuantLinear
+from compress.quantized_sites import plan_sites, site_job, site_layer
 from compress.site_options import Choice, SiteOptions, label, options_of, overridden
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ def bit_groups(
     Raises:
         UserError: a candidate that no site can take.
     """
-    sites, skipped = step.sites_of(model, anatomy)
-    own = overridden(anatomy, step.overrides, {site.path for site, _ in sites} | set(skipped), step.name)
-    drafts = [_Draft(site, leader) for site, leader in sites]
+    jobs, skipped = plan_sites(step, model, anatomy)
+    own = overridden(anatomy, step.overrides, {job.site.path for job in jobs} | set(skipped), step.name)
+    drafts = [_Draft(job.site, job.table) for job in jobs]
     wanted = {label(options): options for options in map(options_of, candidates)}
     for draft in drafts:
         path = draft.site.path
@@ -112,7 +113,7 @@ def _settle(step: Quantize, model: nn.Module, draft: _Draft, wanted: Mapping[str
             continue
         try:
             with torch.device("meta"):
-                draft.layers[name] = step.empty_layer(model, draft.site, options, draft.leader)
+                draft.layers[name] = site_layer(step, model, site_job(step, model, draft.site, options, draft.leader))
         except UserError as error:
             draft.refused[name] = error.what
         else:

@@ -17,8 +17,10 @@ from calibrate.capture import counted
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress.bit_groups import FLOAT, BitGroup
+from compress.quantized_sites import plan_sites
 from compress.rehearsal import stand_in
 from compress.restart import Restart
+from compress.rounded_layers import site_layers
 from compress.surgery import Surgery, parent_of
 
 if TYPE_CHECKING:
@@ -150,11 +152,11 @@ def measure(
     restart = Restart(trial, context.call, _parts(context, groups))
     by_path = {path: group for group in groups for path in group.paths}
     settings = {path: [one for one in group.settings.values() if one.weights != FLOAT] for path, group in by_path.items()}
-    known = {site.path for site, _ in step.sites_of(model, context.anatomy)[0]}
+    known = {job.site.path for job in plan_sites(step, model, context.anatomy)[0]}
     waiting: dict[str, dict[str, list[QuantizedLayer]]] = {}
     found: dict[str, dict[str, Loss]] = {}
     reference: Reference | None = None
-    for path, layers in step.site_layers(trial, apart, {path: settings.get(path, []) for path in known}):
+    for path, layers in site_layers(step, trial, apart, {path: settings.get(path, []) for path in known}):
         if path not in by_path:
             continue
         if reference is None:  # only now: factors may have been folded into the trial's parameters

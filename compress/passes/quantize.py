@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from calibrate.capture import Captured, capture, shared_inputs
-from calibrate.errors import UserError
-from calibrate.grid import Bits, Granularity, Grid
-from calibrate.ranges import Channels, Observer, RangeMethod, range_observer
-from calibrate.second_moment import SecondMoment
-from compress.algorithms.gptq import NotPositiveDefinite, gptq, output_error, refined
-from compress.algorithms.rounding import WeightRange, codes_of, multiples, scales_of
-from compress.algorithms.smoothing import Smoothing, balanced, smoothing
-from compress.anatomy import Anatomy, Site
+from calibrate.grid import Bits, Granularity
+from calibrate.ranges import RangeMethod
+from compress.algorithms.rounding import WeightRange
+from compress.anatomy import Anatomy
 from compress.bit_choice import choose, forecast
 from compress.bit_driver import drive
-from compress.folding import folds
-from compress.layers import QuantEmbedding, is_quantized
-from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer, weight_of
-from compress.layers.fitting import Seen, column_energy, fit_input, shift_bias, store_weight
-from compress.nncf_layers import put_in, require_nncf
-from compress.nncf_options import beyond_nncf, nncf_refusal, nncf_settings
+from compress.nncf_layers import put_in
+from compress.nncf_options import nncf_refusal, nncf_settings
 from compress.passes.contract import Context, Pass, Target, blank
-from compress.site_options import Choice, Mixed, SiteOptions, label, options_of, overridden
+from compress.quantized_sites import action, plan_sites, site_layer
+from compress.rounded_layers import round_sites
+from compress.site_options import Choice, Mixed, SiteOptions, options_of
 from compress.surgery import Surgery
 from compress.tied import Ties
 
 __all__ = ["Quantize"]
-
-_WORTH_DB, _WORTH_FOLDED_DB = 3.0, 0.5
-"""What factors have to gain where the layer multiplies by them, and where they are folded into the layer before."""
-
-_HALF = 0.5
-"""What rounding by the output is expected to leave of the noise of rounding to the nearest code."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One module to quantize: where, on which grid, whether its input is rounded too, and the table whose codes it shares."""
-
-    site: Site
-    grid: Grid
-    rounds_input: bool
-    table: Site | None = None
 
 
 class Quantize(Pass):
@@ -236,32 +209,32 @@ class Quantize(Pass):
         return self if self.mixed is None else self.model_copy(update={"weights": 8, "embeddings": self.embeddings and 8})
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
-        jobs = self.uniform._plan(model, anatomy)[0]
-        return [Target(job.site.path, ", ".join(job.site.roles), self._action(job)) for job in jobs]
+        jobs = plan_sites(self.uniform, model, anatomy)[0]
+        return [Target(job.site.path, ", ".join(job.site.roles), action(self, job)) for job in jobs]
 
     def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
         if self.chooses:
             return forecast(self, model, anatomy).preview(model, anatomy)
         with torch.device("meta"):
-            return {job.site.path: self._layer(model, job) for job in self._plan(model, anatomy)[0]}
+            return {job.site.path: site_layer(self, model, job) for job in plan_sites(self, model, anatomy)[0]}
 
     def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
         if self.chooses:
             forecast(self, model, anatomy).rehearse(model, anatomy, surgery)
             return
-        jobs, _ = self._plan(model, anatomy)
+        jobs, _ = plan_sites(self, model, anatomy)
         ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
         for job in jobs:
             module = model.get_submodule(job.site.path)
             with torch.device("meta"):
-                layer = self._layer(model, job)
+                layer = site_layer(self, model, job)
             if layer.bias is not None:
                 layer.bias = nn.Parameter(module.get_parameter("bias").detach().float(), requires_grad=False)
             surgery.replace(model, job.site.path, blank(layer, len(surgery.edits)))
             ties.settle(model, surgery, job.site.path)
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-        return self.uniform._plan(model, anatomy)[1]
+        return plan_sites(self.uniform, model, anatomy)[1]
 
     @property
     def judges(self) -> bool:
@@ -286,376 +259,13 @@ class Quantize(Pass):
             return drive(self, model, context)
         if self.mixed is not None:
             return choose(self, model, context)
-        jobs, skipped = self._plan(model, context.anatomy)
         if self.engine == "nncf":
-            return self._by_nncf(model, context, jobs, skipped)
-        captured = self._calibrate(model, context, jobs)
-        inputs = self._smoothed(model, context, jobs, captured) if captured else {}
-        ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
-        report: dict[str, Any] = {}
-        for stage in self._stages(jobs):
-            moments = self._moments(model, context, stage, ties)
-            with torch.no_grad():
-                for job in stage:
-                    path = job.site.path
-                    context.progress(len(report), len(jobs), path)
-                    report[path] = self._convert(model, context, job, inputs.get(path), moments.get(path), ties)
-            del moments
-        context.progress(len(jobs), len(jobs), "quantized")
-        context.report |= {
-            "sites": report,
-            "skipped": skipped,
-            "ties": ties.said,
-            "calibration_rows": captured.rows if captured else 0,
-            "padding_counted": list(captured.padding_counted) if captured else [],
-        }
-        return model
+            return self._by_nncf(model, context)
+        return round_sites(self, model, context)
 
-    def sites_of(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[tuple[Site, Site | None]], dict[str, str]]:
-        """Sites that would be quantized, each with the table whose codes it shares, and why others would not be."""
-        jobs, skipped = self._plan(model, anatomy)
-        return [(job.site, job.table) for job in jobs], skipped
-
-    def empty_layer(self, model: nn.Module, site: Site, options: SiteOptions, table: Site | None = None) -> QuantizedLayer:
-        """The layer that would stand at a site with these options, its codes still zero; ``table``: see ``sites_of``.
-
-        Raises:
-            UserError: the site cannot take them.
-        """
-        return self._layer(model, self._job(model, site, options, table))
-
-    def site_layers(
-        self, model: nn.Module, context: Context, settings: Mapping[str, Sequence[SiteOptions]]
-    ) -> Iterator[tuple[str, list[QuantizedLayer]]]:
-        """For one site after the other the layers that would stand there, one for each setting but float; none is put in.
-
-        They are made from what the float model gives. Factors of inputs are folded into ``model`` where they can be, which
-        changes its parameters but not its function.
-
-        Args:
-            settings: by path, of every site that ``sites_of`` names.
-        """
-        jobs, _ = self._plan(model, context.anatomy)
-        captured = self._calibrate(model, context, jobs)
-        inputs = self._smoothed(model, context, jobs, captured) if captured else {}
-        ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
-        for stage in self._stages(jobs):
-            moments = self._moments(model, context, stage, ties)
-            for job in stage:
-                path, made = job.site.path, []
-                for options in settings[path]:
-                    one = self._job(model, job.site, options, job.table)
-                    with torch.no_grad():
-                        seen = inputs.get(path) if one.rounds_input else None
-                        made.append(self._filled(model, one, seen, moments.get(path))[0])
-                yield path, made
-            del moments
-
-    def _by_nncf(self, model: nn.Module, context: Context, jobs: list[_Job], skipped: dict[str, str]) -> nn.Module:
+    def _by_nncf(self, model: nn.Module, context: Context) -> nn.Module:
+        jobs, skipped = plan_sites(self, model, context.anatomy)
         places = [(job.site, job.grid) for job in jobs]
         said = put_in(model, context, places, nncf_settings(self), self.activations == "static")
         context.report |= said | {"skipped": skipped | said["skipped"], "padding_counted": []}
         return model
-
-    def _plan(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[_Job], dict[str, str]]:
-        """What will be quantized, in the model's order, and why other targets will not be."""
-        if self.engine == "nncf":
-            require_nncf()
-        chosen = self._chosen(anatomy)
-        left = {site.path for site in anatomy.select(self.skip, self.name)} if self.skip else set()
-        own = overridden(anatomy, self.overrides, chosen, self.name)
-        jobs, skipped = [], {}
-        for site in anatomy.sites:
-            if site.path not in chosen:
-                continue
-            if site.kind != "other" and is_quantized(model.get_submodule(site.path)):
-                if site.path in left:
-                    continue
-                raise UserError(self.name, f"{site.path} is quantized already", f"Leave it out with skip: [{site.path}].")
-            options = own.get(site.path, SiteOptions())
-            reason = "named under skip" if site.path in left else obstacle(model, site.path, site.kind)
-            if not reason and self.engine == "nncf":
-                reason = beyond_nncf(self, site, (site.kind == "embedding" and self.embeddings) or self.weights)
-            if reason:
-                skipped[site.path] = reason
-            elif options.weights == "float":
-                skipped[site.path] = "float under overrides"
-            else:
-                jobs.append(self._job(model, site, options))
-        if not jobs:
-            raise UserError(self.name, "there is nothing to quantize", _first_reason(skipped))
-        if self.embeddings is not None and (self.engine, self.activations) != ("nncf", "static"):
-            jobs += self._tied_heads(model, anatomy, jobs, left)
-        return jobs, skipped
-
-    def _job(self, model: nn.Module, site: Site, options: SiteOptions, table: Site | None = None) -> _Job:
-        assert options.weights != "float"
-        rounds_input = site.kind != "embedding" and table is None and "none" not in (self.activations, options.activations)
-        return _Job(site, self._grid(model, table or site, options.weights), rounds_input, table)
-
-    def _tied_heads(self, model: nn.Module, anatomy: Anatomy, jobs: list[_Job], left: set[str]) -> list[_Job]:
-        """Linear layers that hold the weight of a table that is quantized, and that nothing else was said of: they share its
-        codes, their inputs stay float. Otherwise the file would hold the weight twice, once in float."""
-        tables = {id(model.get_submodule(job.site.path).weight): job for job in jobs if job.site.kind == "embedding"}
-        planned = {job.site.path for job in jobs} | left
-        linears = [site for site in anatomy.sites if site.kind == "linear" and site.path not in planned]
-        tied = [(site, tables.get(id(model.get_submodule(site.path).weight))) for site in linears]
-        return [_Job(site, table.grid, False, table.site) for site, table in tied if table is not None]
-
-    def _chosen(self, anatomy: Anatomy) -> set[str]:
-        if self.sites is None:
-            inside = [site for site in anatomy.sites if site.block is not None]
-            chosen = {site.path for site in inside if site.kind not in ("norm", "embedding") and site.roles}
-        else:
-            chosen = {site.path for site in anatomy.select(self.sites, self.name) if site.kind != "norm"}
-        if self.embeddings is not None:
-            tables = {site.path for site in anatomy.sites if site.kind == "embedding" or _is_table(site)}
-            if not tables:
-                raise UserError(self.name, "embeddings: the model has no embedding table", "Leave embeddings out.")
-            chosen |= tables
-        return chosen
-
-    def _grid(self, model: nn.Module, site: Site, bits: Bits | None = None) -> Grid:
-        bits = bits or (site.kind == "embedding" and self.embeddings) or self.weights
-        _, columns = matrix_shape(model.get_submodule(site.path), site.kind)
-        granularity: Granularity = self.granularity or (
-            "group" if bits < 8 or (self.group_size and not self.several) else "channel"
-        )
-        if site.kind in ("embedding", "conv2d") and granularity == "group":
-            granularity = "channel"
-        if site.kind == "embedding" and self.embedding_group_size:
-            granularity = "group"
-        if site.kind == "embedding" and columns * bits % 8:
-            raise UserError(
-                self.name,
-                f"{bits}-bit codes of the {columns} columns of {site.path} do not fill whole bytes",
-                "Use 8 bits there.",
-            )
-        if granularity != "group":
-            return Grid(bits, self.symmetric, granularity)
-        size = (self.embedding_group_size if site.kind == "embedding" else None) or self.group_size or 32
-        if columns % size:
-            near = _divisors_near(columns, size)
-            raise UserError(
-                self.name,
-                f"group_size {size} does not divide the {columns} inputs of {site.path}",
-                f"Divisors near it: {', '.join(map(str, near))}.",
-            )
-        return Grid(bits, self.symmetric, granularity, size)
-
-    def _action(self, job: _Job) -> str:
-        if self.mixed is not None:
-            return f"weights chosen from {', '.join(label(options_of(one)) for one in self.mixed.candidates)}"
-        grid = job.grid
-        unit = f"group of {grid.group_size}" if grid.granularity == "group" else grid.granularity
-        inputs = f", inputs {self.activation_bits} bits {self.activations}" if job.rounds_input else ""
-        return f"weights {grid.bits} bits per {unit}{inputs}"
-
-    def _layer(self, model: nn.Module, job: _Job, channels: int | None = None) -> QuantizedLayer:
-        symmetric = self.activation_symmetric and self.activations == "static"
-        activation: dict[str, Any] = {"kind": self.activations, "bits": self.activation_bits, "symmetric": symmetric}
-        if channels is not None:
-            activation["channels"] = channels
-        module = model.get_submodule(job.site.path)
-        return quantized_layer(module, job.site.kind, job.grid, activation if job.rounds_input else None)
-
-    def _calibrate(self, model: nn.Module, context: Context, jobs: list[_Job]) -> Captured | None:
-        if self.activations != "static":
-            return None
-        requests = self._requests(model, context, [job for job in jobs if job.rounds_input])
-        captured = capture(
-            model,
-            context.call,
-            context.calibration(),
-            requests,
-            batch_size=self.batch_size,
-            progress=lambda rows: context.progress(rows, context.rows, "calibration rows"),
-        )
-        if captured.silent:
-            raise self._silent(captured)
-        return captured
-
-    def _requests(self, model: nn.Module, context: Context, jobs: list[_Job]) -> dict[str, Sequence[Observer]]:
-        """What is observed at each site; sites that read the same tensor get the same observers."""
-        kinds = {job.site.path: job.site.kind for job in jobs}
-        first = next(iter(context.calibration()), None)
-        leaders = {} if first is None else shared_inputs(model, context.call, first, dict.fromkeys(kinds, self.range))
-        importance: dict[str, Tensor] = {}
-        for path, kind in kinds.items():
-            leader, columns = leaders.get(path, path), column_energy(model.get_submodule(path), kind)
-            importance[leader] = importance[leader] + columns if leader in importance else columns
-        made = {
-            leader: (range_observer(self.range, self.percentile, energy), Channels()) for leader, energy in importance.items()
-        }
-        return {path: made[leaders.get(path, path)] for path in kinds}
-
-    def _smoothed(self, model: nn.Module, context: Context, jobs: list[_Job], captured: Captured) -> dict[str, Seen]:
-        """What was seen at each site whose input is rounded; factors that can be are folded into the model."""
-        by_path = {job.site.path: job for job in jobs if job.rounds_input}
-        inputs = {path: Seen.of(captured, path) for path in by_path}
-        if not self.smooth:
-            return inputs
-        groups: dict[str, list[_Job]] = {}
-        for path, seen in inputs.items():
-            groups.setdefault(seen.leader or path, []).append(by_path[path])
-        found = {}
-        for number, (leader, group) in enumerate(groups.items()):
-            context.progress(number, len(groups), f"factors for {leader}")
-            smoothed = self._factors(model, group, inputs[leader])
-            if smoothed is not None and smoothed.gain_db >= _WORTH_FOLDED_DB:
-                found[leader] = smoothed
-        places = folds(model, context, [[job.site for job in groups[leader]] for leader in found])
-        for leader, smoothed in found.items():
-            place = places.get(leader)
-            if place is not None:
-                place.apply(model, smoothed.factor)
-            elif smoothed.before_db >= self.smooth_below_db or smoothed.gain_db < _WORTH_DB:
-                continue
-            for job in groups[leader]:
-                path = job.site.path
-                inputs[path] = replace(inputs[path], smoothed=smoothed, folded=place.producer if place else None)
-        return inputs
-
-    def _factors(self, model: nn.Module, group: list[_Job], seen: Seen) -> Smoothing | None:
-        """Factors for a tensor that the layers of a group read, or None where a convolution is among them."""
-        if any(job.site.kind == "conv2d" for job in group) or seen.nothing:
-            return None
-        weight = torch.cat([weight_of(model.get_submodule(job.site.path), job.site.kind) for job in group])
-        channels = seen.channels
-        low, high, mean_square = (
-            statistic.to(weight.device) for statistic in (channels.low, channels.high, channels.mean_square)
-        )
-        if self.smooth == "balanced":
-            share = _HALF if self.rounding == "gptq" else 1.0
-            return balanced(weight, low, high, mean_square, group[0].grid, self._input_grid, weight_share=share)
-        return smoothing(weight, low, high, mean_square, group[0].grid, self._input_grid)
-
-    def _stages(self, jobs: list[_Job]) -> list[list[_Job]]:
-        """The jobs that are rounded on the same state of the model: all, or with GPTQ those of a block."""
-        if self.rounding == "nearest":
-            return [jobs]
-        return [list(stage) for _, stage in itertools.groupby(jobs, key=lambda job: (job.site.block, job.site.kind))]
-
-    def _moments(self, model: nn.Module, context: Context, stage: list[_Job], ties: Ties) -> dict[str, SecondMoment]:
-        """The second moments of the inputs of a stage's linear layers, as the model is now; none without GPTQ."""
-        kinds = ("linear", "conv1d")
-        paths = [job.site.path for job in stage if job.site.kind in kinds and not ties.holders[job.site.path]]
-        if self.rounding == "nearest" or not paths:
-            return {}
-        captured = capture(
-            model,
-            context.call,
-            context.calibration(),
-            {path: (SecondMoment(),) for path in paths},
-            batch_size=self.batch_size,
-            whole=False,
-        )
-        if captured.silent:
-            raise self._silent(captured)
-        moments: dict[str, SecondMoment] = {}
-        for path in paths:
-            moment = captured.observers[path][0]
-            assert isinstance(moment, SecondMoment)
-            inputs = moment.matrix.shape[0]
-            if moment.count < inputs:
-                needed = math.ceil(captured.rows * inputs / max(moment.count, 1))
-                raise UserError(
-                    self.name,
-                    f"rounding: gptq at {path} needs {inputs} positions, and the {captured.rows} calibration rows have "
-                    f"{moment.count}",
-                    f"Use about {needed} rows, or rounding: nearest.",
-                )
-            moments[path] = moment
-        return moments
-
-    def _convert(
-        self, model: nn.Module, context: Context, job: _Job, seen: Seen | None, moment: SecondMoment | None, ties: Ties
-    ) -> dict[str, Any]:
-        """Replaces one module and says what was done."""
-        layer, says = self._filled(model, job, seen, moment)
-        context.surgery.replace(model, job.site.path, layer)
-        ties.settle(model, context.surgery, job.site.path)
-        return says
-
-    def _filled(
-        self, model: nn.Module, job: _Job, seen: Seen | None, moment: SecondMoment | None
-    ) -> tuple[QuantizedLayer, dict[str, Any]]:
-        """The layer that stands in for one module, with all its numbers, and what was done."""
-        path, kind = job.site.path, job.site.kind
-        module = model.get_submodule(path)
-        weight = weight_of(module, kind)
-        factor = None if seen is None or seen.factor is None else seen.factor.to(weight.device)
-        layer = self._layer(model, job, None if factor is None else weight.shape[1]).to(weight.device)
-        if layer.bias is not None:
-            layer.bias.copy_(module.get_parameter("bias"))
-        says = self._round(path, layer, weight if factor is None else weight / factor, factor, moment)
-        if seen is not None:
-            if seen.nothing:
-                raise UserError(
-                    self.name,
-                    f"the input of {path} is always 0 on the calibration rows: it has no range",
-                    f"Use rows that reach it, or leave it float with skip: [{path}].",
-                )
-            says["activation"] = fit_input(layer, seen, self._input_grid, self.range)
-        mean = seen.mean if seen is not None else None if moment is None else moment.mean
-        if self.bias_correction and layer.bias is not None and mean is not None:
-            says["bias_correction"] = shift_bias(layer, weight, mean)
-        return layer, says
-
-    def _round(
-        self, path: str, layer: QuantizedLayer, weight: Tensor, factor: Tensor | None, moment: SecondMoment | None
-    ) -> dict[str, Any]:
-        """Gives the layer its codes and says how."""
-        grid = layer.quantized_weight.grid
-        how = self.weight_range or ("minmax" if grid.bits == 8 else "mse")
-        scale, zero_point = scales_of(weight, grid, how)
-        if self.group_scales == "multiples" and grid.granularity == "group" and not isinstance(layer, QuantEmbedding):
-            scale = multiples(scale, grid)
-        nearest = codes_of(weight, grid, scale, zero_point)
-        if moment is None:
-            return store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"}
-        hessian = moment.matrix if factor is None else moment.matrix * factor * factor.unsqueeze(1)
-        try:
-            codes = gptq(weight, hessian, grid, scale, zero_point, damping=self.damping, order=self.column_order)
-        except NotPositiveDefinite as failure:
-            if self.unfactorable == "stop":
-                raise UserError(
-                    self.name,
-                    f"{path}: {failure}",
-                    "Use more calibration rows, a larger damping, or unfactorable: nearest.",
-                ) from failure
-            return store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest", "because": str(failure)}
-        codes = refined(weight, codes, hessian, grid, scale, zero_point, self.refinements)
-        errors = [
-            float(output_error(weight, grid.dequantize(given, scale, zero_point), hessian).sum()) for given in (nearest, codes)
-        ]
-        gain = 10 * math.log10(errors[0] / errors[1]) if min(errors) > 0 else 0.0
-        return store_weight(layer, weight, codes, scale, zero_point) | {"rounding": "gptq", "rounding_gain_db": gain}
-
-    def _silent(self, captured: Captured) -> UserError:
-        silent = ", ".join(captured.silent)
-        return UserError(
-            self.name, f"{silent} never ran on the calibration rows", f"Leave out what does not run: skip: [{silent}]."
-        )
-
-    @property
-    def _input_grid(self) -> Grid:
-        return Grid(self.activation_bits, self.activation_symmetric, "tensor")
-
-
-def _is_table(site: Site) -> bool:
-    """Whether a site is a table that is a parameter of its own, as position embeddings of vision transformers are."""
-    return site.kind == "other" and "embedding" in site.roles
-
-
-def _divisors_near(number: int, wanted: int) -> list[int]:
-    """The nearest divisors on both sides of ``wanted``."""
-    divisors = [size for size in range(1, number + 1) if number % size == 0]
-    below = [size for size in divisors if size < wanted][-1:]
-    return below + [size for size in divisors if size > wanted][:1]
-
-
-def _first_reason(skipped: Mapping[str, str]) -> str:
-    for path, reason in skipped.items():
-        return f"{path}: {reason}." + (f" {len(skipped) - 1} more like it." if len(skipped) > 1 else "")
-    return "Name roles or module paths under sites."
