@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,11 +18,13 @@ from compress.anatomy import Anatomy
 from compress.depth import PARTS, Sublayer, take_out
 from compress.depth_choice import Candidate
 from compress.greedy import Change, Greedy, Trial
-from compress.passes.contract import Context
 from compress.rehearsal import stand_in
 from compress.slicing import slice_units
 from compress.surgery import Surgery, parent_of
 from compress.units import Units, Unseparable, find_units, masked
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Context
 
 __all__ = ["Driver", "separable_heads"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ from torch import nn
 from calibrate.signature import Batch
 from compress.depth_repair import Judge, finite
 from compress.distillation import Course, Lesson, distil
-from compress.passes.contract import Context
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Context
 
 __all__ = ["distil_blocks", "thinned"]
 

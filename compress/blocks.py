@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from calibrate.capture import counted, split
 from calibrate.fidelity import Fidelity
+from calibrate.modes import evaluating
 from calibrate.signature import Batch
-from compress.passes.contract import evaluating
 from compress.report import BlockFidelity
 from compress.surgery import Edit
 from compress.whereabouts import Whereabouts

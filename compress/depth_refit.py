@@ -12,11 +12,11 @@ from contextlib import suppress
 from torch import Tensor, nn
 
 from calibrate.capture import Enough
+from calibrate.modes import frozen
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy
 from compress.depth import PARTS, Sublayer, find_sublayers
 from compress.depth_repair import Judge
-from compress.passes.contract import frozen
 from compress.repair import repair
 from compress.residual_stream import watched
 from compress.surgery import Edit

@@ -19,10 +19,10 @@ from compress.depth_refit import Original, refit
 from compress.depth_repair import Judge, finite, keep_constants, parted
 from compress.greedy import Greedy
 from compress.output_scores import OutputNoise, choose_by_output, first_rows
-from compress.passes.contract import Context
 from compress.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
+    from compress.passes.contract import Context
     from compress.passes.drop_layers import DropLayers
 
 __all__ = ["Removal"]

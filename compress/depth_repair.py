@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from calibrate.capture import counted
 from calibrate.fidelity import Fidelity
+from calibrate.modes import evaluating
 from calibrate.signature import Batch
-from compress.passes.contract import evaluating
 
 __all__ = ["MOST_HELD", "Judge", "finite", "keep_constants", "parted"]
 

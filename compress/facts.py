@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from calibrate.footprint import live_bytes
 from calibrate.inventory import inventory
+from calibrate.modes import evaluating
 from compress.anatomy import Anatomy
 from compress.datasets import Data
-from compress.passes.contract import evaluating
 from compress.rehearsal import Rehearsal
 from export.contract import Exporter, Forecast
 from export.memory import peak_bytes, resident_bytes

@@ -19,10 +19,10 @@ from compress.depth_choice import Candidate
 from compress.depth_repair import Judge, finite, parted
 from compress.distillation import Course, Lesson, Taught, distil
 from compress.grafts import BASE, COEFFICIENTS, Graft, grafting, influences, neighbours, pairs, passing
-from compress.passes.contract import Context
 from compress.whereabouts import Whereabouts
 
 if TYPE_CHECKING:
+    from compress.passes.contract import Context
     from compress.passes.fuse_layers import FuseLayers
 
 __all__ = ["LEAST_ROWS", "Fusion"]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from calibrate.capture import counted, split
+from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress.algorithms.similarity import first_allowed
 from compress.depth_choice import Candidate, Candidates
 from compress.depth_repair import finite
-from compress.passes.contract import evaluating
 from compress.restart import Restart, first_tensor
 
 __all__ = ["Chosen", "OutputNoise", "choose_by_output", "first_rows", "least_noise", "without"]

@@ -15,10 +15,10 @@ from calibrate.inventory import inventory
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy, find
 from compress.checks import check_timed, placed
-from compress.passes.contract import Pass, Target
 from compress.surgery import Edit, Surgery
 
 if TYPE_CHECKING:
+    from compress.passes.contract import Pass, Target
     from compress.recipe import Recipe
     from compress.sources import Source
 

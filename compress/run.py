@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.inventory import inventory
+from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.anatomy import Anatomy, find
@@ -26,7 +27,6 @@ from compress.each_pass import EachPass, linked, with_final_paths
 from compress.identity import identity
 from compress.journal import Journal
 from compress.judgement import Judge
-from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
 from compress.promise import Promise, unjudged

@@ -9,13 +9,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from calibrate.inventory import difference, inventory
+from calibrate.modes import evaluating
 from compress import manifest, nested
 from compress.anatomy import Anatomy
 from compress.checks import placed
 from compress.each_pass import EachPass
 from compress.file_latency import FileLatency
 from compress.inspection import size
-from compress.passes.contract import Context, Latency, Pass, evaluating
+from compress.passes.contract import Context, Latency, Pass
 from compress.report import BlockFidelity, Row, StepRecord
 
 if TYPE_CHECKING:

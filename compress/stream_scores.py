@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from calibrate.capture import counted
+from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress.algorithms.similarity import Sums
-from compress.passes.contract import evaluating
 from compress.residual_stream import watched
 
 __all__ = ["measure_runs", "measure_sublayers", "runs_alike"]

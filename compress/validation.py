@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.errors import MissingRuntime, UserError
+from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress import manifest, report
 from compress.journal import FOLDER
 from compress.judgement import Judge
-from compress.passes.contract import evaluating
 from compress.preparation import judge_of, model_of, require_runtimes
 from compress.progress import Progress
 from compress.promise import Promise

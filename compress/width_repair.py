@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from calibrate.fidelity import Fidelity
 from calibrate.signature import Batch
-from compress.passes.contract import Context
 from compress.repair import Repaired, held_out, outputs_at, repair
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Context
 
 __all__ = ["repair_behind"]
 
