@@ -16,7 +16,7 @@ from torch import nn
 import compress
 from calibrate.errors import UserError
 from calibrate.inventory import inventory
-from compress import cli, plan_table, report
+from compress import cli, plan_table, report, terminal
 from compress.anatomy import find
 from compress.passes import Context, known_passes
 from compress.planning import Plan
@@ -202,7 +202,8 @@ def test_the_command_fits_80_columns_and_gives_json(
     console = Console(width=80, force_terminal=False, highlight=False)
     with console.capture() as captured:
         for part in plan_table.render(planned[0]):
-            cli._print_table(console, part) if not isinstance(part, str) else None
+            if not isinstance(part, str):
+                terminal.print_table(console, part)
     lines = captured.get().splitlines()
     assert any("blocks.*.attn.qkv" in line for line in lines)
     assert not any("…" in line for line in lines)
