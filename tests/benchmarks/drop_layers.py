@@ -1,7 +1,7 @@
 """What ``drop_layers`` loses on real rows: by similarity, by the model's output, by chance; as it is, repaired, trained.
 
     python tests/benchmarks/drop_layers.py [--model sst2|cifar10] [--part attention] [--count 2] [--rows 1024]
-        [--distill 4] [--sets 15] [--ways search,similarity] [--train-random]
+        [--distill 0] [--sets 15] [--ways search,similarity] [--train-random]
 
 Needs ``../shared``. Accuracy on all rows of dev in torch, and what it lost against float with the paired 95 % interval. By chance
 means the mean over all sets of that many parts, or ``--sets`` drawn ones; its line says how far a choice is above that mean, with
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["attention", "mlp", "block"], default="attention")
     parser.add_argument("--count", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--distill", type=int, default=4)
+    parser.add_argument("--distill", type=int, default=0)
     parser.add_argument("--sets", type=int, default=15)
     parser.add_argument("--ways", default="similarity,search")
     parser.add_argument("--train-random", action="store_true")
