@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from compress.anatomy import Anatomy
     from compress.planning import Plan
     from compress.progress import Progress
+    from compress.quantization.sensitivity_report import SensitivityReport
     from compress.report import Report
-    from compress.sensitivity_report import SensitivityReport
     from compress.sources import Source
 
 __all__ = ["apply", "extract", "inspect", "plan", "sensitivity", "validate"]
@@ -90,7 +90,7 @@ def sensitivity(
     Raises:
         UserError: what the user can change, with the place; ``MissingRuntime`` where a library is absent.
     """
-    from compress import sensitivity_report
+    from compress.quantization import sensitivity_report
 
     found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
     with _placed(found):
@@ -131,7 +131,7 @@ def extract(
     Raises:
         UserError: what the user can change, with the place; ``MissingRuntime`` where a library is absent.
     """
-    from compress.extraction import extracting
+    from compress.width.extraction import extracting
 
     asked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if value is not None}
     recipe, folder = extracting(Path(run), None if out is None else Path(out), asked)

@@ -214,7 +214,7 @@ def sensitivity(
     if as_json:
         print(found.model_dump_json(indent=2))
         return
-    from compress.sensitivity_table import render
+    from compress.quantization.sensitivity_table import render
     from compress.terminal import console, print_table
 
     for part in render(found, chosen):
@@ -282,7 +282,7 @@ def extract(
     """
     with _stoppable("stopped; the same command goes on from here"), _progress(quiet) as progress:
         from compress import api
-        from compress.extraction import shares
+        from compress.width.extraction import shares
 
         asked = {"width": width, "widths": widths, "macs": macs, "size_ratio": size_ratio, "heads": heads}
         report = api.extract(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibrate.inventory import difference, inventory
 from calibrate.modes import evaluating
-from compress import manifest, nested
+from compress import manifest
 from compress.anatomy import Anatomy
 from compress.checks import placed
 from compress.each_pass import EachPass
@@ -18,6 +18,7 @@ from compress.file_latency import FileLatency
 from compress.inspection import size
 from compress.passes.contract import Context, Latency, Pass
 from compress.report import BlockFidelity, Row, StepRecord
+from compress.width import nested
 
 if TYPE_CHECKING:
     from compress.checkpoints import Subject

@@ -14,7 +14,7 @@ from compress.page.drawing import Plot, layout, marker
 from compress.page.rendering import TEMPLATES, plotly_program, policy
 
 if TYPE_CHECKING:
-    from compress.sensitivity_report import SensitivityReport, SiteLoss
+    from compress.quantization.sensitivity_report import SensitivityReport, SiteLoss
 
 __all__ = ["plot", "render_sensitivity", "write_sensitivity"]
 

@@ -22,7 +22,7 @@ from compress.surgery import Edit, Surgery
 if TYPE_CHECKING:
     from compress.anatomy import Anatomy
     from compress.labelled import Validation
-    from compress.nested import Nested
+    from compress.width.nested import Nested
 
 __all__ = ["Context", "Latency", "Pass", "Target", "blank", "evaluating", "frozen", "unknown"]
 

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from calibrate.errors import UserError
-from compress.accuracy_driven import separable_heads
 from compress.anatomy import Anatomy, Block
-from compress.depth import PARTS, Part, Sublayer, find_sublayers, shorten, take_out
-from compress.depth_choice import Candidates, find_candidates, refuse
-from compress.depth_removal import Removal
+from compress.depth.accuracy_driven import separable_heads
+from compress.depth.choice import Candidates, find_candidates, refuse
+from compress.depth.removal import Removal
+from compress.depth.sublayers import PARTS, Part, Sublayer, find_sublayers, shorten, take_out
 from compress.passes.contract import Context, Pass, Target
 from compress.surgery import Surgery
 

@@ -11,16 +11,16 @@ from torch import nn
 from calibrate.errors import UserError
 from calibrate.modes import frozen
 from compress.anatomy import Anatomy
-from compress.nested import FOLDER, Nested, read
 from compress.passes.contract import Context, Pass, Target
-from compress.prefixes import by_budget, by_shares, kept_share
 from compress.rehearsal import stand_in
 from compress.saved import read as read_saved
 from compress.saved import reload
 from compress.sections import FilePath
-from compress.slicing import slice_units
 from compress.surgery import Surgery
-from compress.width_repair import repair_behind
+from compress.width.nested import FOLDER, Nested, read
+from compress.width.prefixes import by_budget, by_shares, kept_share
+from compress.width.repaired import repair_behind
+from compress.width.slicing import slice_units
 
 __all__ = ["ExtractWidth"]
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from calibrate.errors import UserError
 from compress.anatomy import Anatomy
-from compress.depth import shorten
-from compress.depth_choice import Candidates, find_candidates, refuse
-from compress.fusion import Fusion
-from compress.grafts import neighbours, pairs
+from compress.depth.choice import Candidates, find_candidates, refuse
+from compress.depth.fusion import Fusion
+from compress.depth.grafts import neighbours, pairs
+from compress.depth.sublayers import shorten
 from compress.passes.contract import Context, Pass, Target
 from compress.surgery import Surgery
 

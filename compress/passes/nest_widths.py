@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from calibrate.errors import UserError
 from calibrate.modes import frozen
 from compress.anatomy import Anatomy
-from compress.nested import Layout, Nested, SortedUnits, layout_of, rounded
 from compress.passes.contract import Context, Pass, Target
-from compress.permuting import reorder
-from compress.unit_costs import unit_bytes, whole_cost
-from compress.unit_scores import scored
-from compress.units import Units, Unseparable, find_units
+from compress.width.nested import Layout, Nested, SortedUnits, layout_of, rounded
+from compress.width.permuting import reorder
+from compress.width.unit_costs import unit_bytes, whole_cost
+from compress.width.unit_scores import scored
+from compress.width.units import Units, Unseparable, find_units
 
 __all__ = ["NestWidths"]
 

@@ -13,19 +13,19 @@ from calibrate.errors import UserError
 from calibrate.modes import frozen
 from calibrate.signature import Batch, Signature
 from compress.anatomy import Anatomy, find
-from compress.block_distillation import distil_blocks
+from compress.distillation.blocks import distil_blocks
 from compress.passes.contract import Context, Pass, Target
 from compress.rehearsal import stand_in
-from compress.repair import held_out
-from compress.slicing import slice_units
 from compress.surgery import Surgery
-from compress.timed_choice import chosen_by_time
-from compress.unit_costs import unit_bytes, whole_cost
-from compress.unit_scores import scored
-from compress.units import Units, Unseparable, find_units
-from compress.width_counts import counted, numbered
-from compress.width_repair import repair_behind
-from compress.width_search import Group, TooSmall, choose
+from compress.width.counts import counted, numbered
+from compress.width.repair import held_out
+from compress.width.repaired import repair_behind
+from compress.width.search import Group, TooSmall, choose
+from compress.width.slicing import slice_units
+from compress.width.timed_choice import chosen_by_time
+from compress.width.unit_costs import unit_bytes, whole_cost
+from compress.width.unit_scores import scored
+from compress.width.units import Units, Unseparable, find_units
 
 __all__ = ["PruneWidth"]
 

@@ -12,14 +12,14 @@ from calibrate.grid import Bits, Granularity
 from calibrate.ranges import RangeMethod
 from compress.algorithms.rounding import WeightRange
 from compress.anatomy import Anatomy
-from compress.bit_choice import choose, forecast
-from compress.bit_driver import drive
-from compress.nncf_layers import put_in
-from compress.nncf_options import nncf_refusal, nncf_settings
 from compress.passes.contract import Context, Pass, Target, blank
-from compress.quantized_sites import action, plan_sites, site_layer
-from compress.rounded_layers import round_sites
-from compress.site_options import Choice, Mixed, SiteOptions, options_of
+from compress.quantization.bit_choice import choose, forecast
+from compress.quantization.bit_driver import drive
+from compress.quantization.nncf_layers import put_in
+from compress.quantization.nncf_options import nncf_refusal, nncf_settings
+from compress.quantization.quantized_sites import action, plan_sites, site_layer
+from compress.quantization.rounded_layers import round_sites
+from compress.quantization.site_options import Choice, Mixed, SiteOptions, options_of
 from compress.surgery import Surgery
 from compress.tied import Ties
 

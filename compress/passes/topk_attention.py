@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from calibrate.errors import UserError
 from calibrate.modes import evaluating
 from compress.anatomy import Anatomy, Block
-from compress.greedy import Change, Greedy
+from compress.depth.greedy import Change, Greedy
 from compress.layers import TopKAttention
 from compress.layers.topk_attention import attentions
 from compress.passes.contract import Context, Pass, Target

@@ -180,8 +180,8 @@ def only_score(name: str) -> None:
     from compress.anatomy import find
     from compress.passes.contract import Context
     from compress.surgery import Surgery
-    from compress.unit_scores import scored
-    from compress.units import Units, find_units
+    from compress.width.unit_scores import scored
+    from compress.width.units import Units, find_units
 
     torch.set_num_threads(2)
     bench = Bench.of(name)

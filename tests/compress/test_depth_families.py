@@ -14,7 +14,7 @@ from torch import nn
 
 from calibrate.fidelity import sqnr_db
 from compress.anatomy import find
-from compress.depth import find_sublayers
+from compress.depth.sublayers import find_sublayers
 from compress.layers import Absent
 from compress.passes.drop_layers import DropLayers
 

@@ -10,9 +10,9 @@ import torch
 from families import build
 from torch import Tensor, nn
 
-import compress.listening as listening
+import compress.distillation.listening as listening
 from calibrate.signature import Batch
-from compress.distillation import OUTPUT, Course, Lesson, Taught, distil
+from compress.distillation.training import OUTPUT, Course, Lesson, Taught, distil
 
 Rows = tuple[list[Batch], list[Batch]]
 

@@ -18,8 +18,8 @@ from calibrate.capture import shared_inputs
 from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch, Signature, TensorSpec
 from compress.anatomy import Site, find
-from compress.folding import Fold, folds
 from compress.passes.contract import Context
+from compress.quantization.folding import Fold, folds
 from compress.surgery import Surgery
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from compress.algorithms.similarity import cosines
 from compress.anatomy import Block, find
-from compress.depth import shorten
-from compress.grafts import Graft, grafting, influences, neighbours, pairs, passing
-from compress.restart import first_tensor
+from compress.depth.grafts import Graft, grafting, influences, neighbours, pairs, passing
+from compress.depth.sublayers import shorten
 from compress.surgery import Surgery
+from compress.width.restart import first_tensor
 
 
 class Conv1D(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calibrate.errors import UserError
 from calibrate.losses import Loss
-from compress.greedy import Change, Greedy
+from compress.depth.greedy import Change, Greedy
 from compress.labelled import Judged, Validation
 
 

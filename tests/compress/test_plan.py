@@ -147,7 +147,7 @@ def test_a_name_that_the_first_pass_takes_away_is_found_before_anything_is_calib
     def never(*_: object, **__: object) -> None:
         raise AssertionError("calibrated")
 
-    monkeypatch.setattr("compress.calibrated_inputs.capture", never)
+    monkeypatch.setattr("compress.quantization.calibrated_inputs.capture", never)
     path = recipe(tmp_path, DROP, "quantize: {sites: [blocks.3.mlp.fc1]}")
     with pytest.raises(UserError) as caught:
         compress.apply(path, tmp_path / "out") if carried_out else compress.plan(path)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calibrate.signature import Batch
 from compress.layers import Absent
-from compress.repair import held_out, outputs_at, repair
+from compress.width.repair import held_out, outputs_at, repair
 
 
 class Chain(nn.Module):

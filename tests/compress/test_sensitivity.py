@@ -15,13 +15,13 @@ from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch, Signature, TensorSpec
 from compress import cli
 from compress.anatomy import find
-from compress.bit_groups import bit_groups
 from compress.embedded import digits_model, digits_rows
 from compress.passes.contract import Context
 from compress.passes.quantize import Quantize
+from compress.quantization.bit_groups import bit_groups
+from compress.quantization.sensitivity import Sensitivity, decibels, measure
+from compress.quantization.site_options import SiteOptions
 from compress.rehearsal import stand_in
-from compress.sensitivity import Sensitivity, decibels, measure
-from compress.site_options import SiteOptions
 from compress.surgery import Surgery
 
 DIGITS = Signature((TensorSpec("pixels", torch.float32, ("batch", 1, 8, 8)),))

@@ -14,9 +14,9 @@ from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from compress.anatomy import find
 from compress.layers import Absent
-from compress.slicing import slice_units
 from compress.surgery import Surgery
-from compress.units import Units, Unseparable, find_units, masked
+from compress.width.slicing import slice_units
+from compress.width.units import Units, Unseparable, find_units, masked
 
 WHOLE = [
     "bert", "roberta", "distilbert", "deberta_v2", "modernbert", "clip_text", "gpt2", "opt", "llama", "qwen2", "qwen3", "gemma2",

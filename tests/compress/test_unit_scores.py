@@ -12,9 +12,9 @@ from torch import Tensor
 from calibrate.capture import split
 from calibrate.signature import Batch
 from compress.anatomy import find
-from compress.restart import Restart
-from compress.unit_scores import Distance, exact_scores, magnitudes, random_scores, trajectory_scores
-from compress.units import Units, find_units, masked
+from compress.width.restart import Restart
+from compress.width.unit_scores import Distance, exact_scores, magnitudes, random_scores, trajectory_scores
+from compress.width.units import Units, find_units, masked
 
 RESTARTED = ["bert", "gpt2", "llama", "vit", "swin", "albert", "bart", "mobilevit", "timm_vit", "segformer"]
 

@@ -16,8 +16,8 @@ from calibrate.fidelity import Estimate
 from calibrate.latency import Timing
 from calibrate.signature import Batch, Signature, TensorSpec
 from compress.file_latency import FileLatency
-from compress.width_latency import Curve, fit, monotone, timed_groups
-from compress.width_search import Group, TooSmall
+from compress.width.latency import Curve, fit, monotone, timed_groups
+from compress.width.search import Group, TooSmall
 from export.contract import Artifact, Contents, Exporter, Runner
 from export.graph import Traceable
 

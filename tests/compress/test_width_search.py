@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.width_search import Group, TooSmall, choose
+from compress.width.search import Group, TooSmall, choose
 
 
 def group(scores: list[float], cost: float, step: int = 1, least: int = 0) -> Group:

@@ -14,9 +14,10 @@ import torch
 
 import compress
 from calibrate.errors import UserError
-from compress import cli, nested
+from compress import cli
 from compress.recipe import parse_recipe, read
 from compress.run import apply
+from compress.width import nested
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 

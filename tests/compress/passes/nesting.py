@@ -9,10 +9,11 @@ from torch import nn
 from trial import Trial, tried
 
 from calibrate.signature import Batch, Signature
-from compress import manifest, nested
+from compress import manifest
 from compress.passes.extract_width import ExtractWidth
 from compress.passes.nest_widths import NestWidths
 from compress.saved import save
+from compress.width import nested
 
 
 def nest(folder: Path, model: nn.Module, signature: Signature, batches: list[Batch], **options: Any) -> Trial:

@@ -14,10 +14,10 @@ from trial import Trial, digits, rebuilt, tried
 
 from calibrate.fidelity import Fidelity
 from calibrate.signature import Batch
-from compress.block_distillation import thinned
-from compress.depth_choice import find_candidates
-from compress.distillation import distil
-from compress.output_scores import OutputNoise, first_rows, least_noise
+from compress.depth.choice import find_candidates
+from compress.depth.output_scores import OutputNoise, first_rows, least_noise
+from compress.distillation.blocks import thinned
+from compress.distillation.training import distil
 from compress.passes.drop_layers import DropLayers
 
 SINK = {"attention": "attn.proj", "mlp": "mlp.fc2"}
@@ -199,7 +199,7 @@ def test_training_brings_the_output_nearer_and_leaves_the_original_alone() -> No
 
 @pytest.mark.parametrize("rate", [0.004, 3.0])
 def test_training_never_ends_worse_on_held_out_rows(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.block_distillation._RATE", rate)
+    monkeypatch.setattr("compress.distillation.blocks._RATE", rate)
     model, signature, rows = digits()
     plain, taught = (
         tried(DropLayers(**TAUGHT), model, signature, rows),
@@ -216,7 +216,7 @@ def test_what_the_output_does_not_like_is_undone(monkeypatch: pytest.MonkeyPatch
             model.get_submodule("blocks.0.mlp.fc2").register_parameter(name, nn.Parameter(-20 * old.detach()))
         return taught
 
-    monkeypatch.setattr("compress.block_distillation.distil", spoilt)
+    monkeypatch.setattr("compress.distillation.blocks.distil", spoilt)
     model, signature, rows = digits()
     plain, taught = (
         tried(DropLayers(**TAUGHT), model, signature, rows),

@@ -319,7 +319,7 @@ def test_a_constant_that_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPat
     model, signature, rows = digits()
     plain = tried(DropLayers(mlp=[1]), model, signature, rows)
     monkeypatch.setattr("compress.algorithms.similarity.Sums.mean", property(lambda self: self.added * 100))
-    monkeypatch.setattr("compress.depth_removal.refit", lambda *args: [])
+    monkeypatch.setattr("compress.depth.removal.refit", lambda *args: [])
     trial = tried(DropLayers(mlp=[1], repair=True), model, signature, rows)
     told = trial.context.report["repair"]
     assert told["constants"] == []
@@ -348,7 +348,7 @@ def test_a_refit_that_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyPatc
         module.weight = nn.Parameter(module.weight * -3)  # type: ignore[operator,arg-type]
         return type("Done", (), {"ridge": 1.0})
 
-    monkeypatch.setattr("compress.depth_refit.repair", spoil)
+    monkeypatch.setattr("compress.depth.refit.repair", spoil)
     trial = tried(DropLayers(blocks=[1], repair=True), model, signature, rows)
     assert trial.context.report["repair"]["refitted"] == []
     assert torch.equal(trial.outputs(trial.after), trial.outputs(plain.after))

@@ -21,17 +21,17 @@ from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from calibrate.inventory import inventory
 from calibrate.signature import Batch, Signature
-from compress import nested
 from compress.anatomy import find
 from compress.passes.contract import Context
 from compress.passes.drop_layers import DropLayers
 from compress.passes.extract_width import ExtractWidth
 from compress.passes.nest_widths import NestWidths
 from compress.passes.quantize import Quantize
-from compress.prefixes import kept_share
 from compress.rehearsal import stand_in
 from compress.surgery import Surgery
-from compress.units import masked
+from compress.width import nested
+from compress.width.prefixes import kept_share
+from compress.width.units import masked
 
 _KEPT = tempfile.TemporaryDirectory()
 nest(Path(_KEPT.name) / "run", *digits())

@@ -14,12 +14,12 @@ from trial import Trial, digits, tried
 from calibrate.errors import UserError
 from calibrate.inventory import inventory
 from calibrate.signature import Batch, Signature
-from compress import nested
 from compress.anatomy import find
 from compress.passes.nest_widths import NestWidths
 from compress.passes.quantize import Quantize
-from compress.permuting import reorder
-from compress.units import Units, find_units
+from compress.width import nested
+from compress.width.permuting import reorder
+from compress.width.units import Units, find_units
 
 EXAMPLE = NestWidths(score="magnitude")
 FAMILIES = [

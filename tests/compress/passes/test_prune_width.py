@@ -117,8 +117,8 @@ def test_trajectory_is_better_than_random_and_repair_helps() -> None:
 
 
 def test_a_repair_that_makes_the_outputs_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress import width_repair
-    from compress.repair import Repaired, repair
+    from compress.width import repaired as width_repair
+    from compress.width.repair import Repaired, repair
 
     def spoil(model: nn.Module, call: Any, path: str, *rest: Any) -> Repaired:
         told = repair(model, call, path, *rest)

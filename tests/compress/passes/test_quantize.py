@@ -183,7 +183,7 @@ def test_gptq_says_how_many_rows_it_needs() -> None:
 
 
 def test_a_hessian_without_a_factor_stops_or_is_rounded_to_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    import compress.rounded_layers as module
+    import compress.quantization.rounded_layers as module
 
     def failing(*arguments: Any, **options: Any) -> Any:
         raise module.NotPositiveDefinite("the Hessian has no Cholesky factor")

@@ -15,11 +15,11 @@ from trial import Trial, digits, rebuilt, tried
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch, Signature, TensorSpec
-from compress import nncf_layers
 from compress.anatomy import find
 from compress.layers import QuantEmbedding, QuantLinear, is_quantized
-from compress.nncf_engine import NncfResult, _quiet
 from compress.passes.quantize import Quantize
+from compress.quantization import nncf_layers
+from compress.quantization.nncf_engine import NncfResult, _quiet
 
 pytest.importorskip("nncf", reason="needs the extra nncf")
 

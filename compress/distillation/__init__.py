@@ -1,0 +1,1 @@
+"""Training without labels: parameters of a part of a model learn to give what the original gave."""

@@ -1,0 +1,143 @@
+"""What calibration rows say of the inputs of the layers that ``quantize`` rounds: ranges, factors that smooth them, moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.capture import Captured, capture, shared_inputs
+from calibrate.errors import UserError
+from calibrate.ranges import Channels, Observer, range_observer
+from calibrate.second_moment import SecondMoment
+from compress.algorithms.smoothing import Smoothing, balanced, smoothing
+from compress.layers.conversion import weight_of
+from compress.layers.fitting import Seen, column_energy
+from compress.quantization.folding import folds
+from compress.quantization.quantized_sites import Job, input_grid
+from compress.tied import Ties
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Context
+    from compress.passes.quantize import Quantize
+
+__all__ = ["calibrated", "second_moments", "smoothed_inputs"]
+
+_WORTH_DB, _WORTH_FOLDED_DB = 3.0, 0.5
+"""What factors have to gain where the layer multiplies by them, and where they are folded into the layer before."""
+
+_HALF = 0.5
+"""What rounding by the output is expected to leave of the noise of rounding to the nearest code."""
+
+
+def calibrated(step: Quantize, model: nn.Module, context: Context, jobs: list[Job]) -> Captured | None:
+    if step.activations != "static":
+        return None
+    requests = _requests(step, model, context, [job for job in jobs if job.rounds_input])
+    captured = capture(
+        model,
+        context.call,
+        context.calibration(),
+        requests,
+        batch_size=step.batch_size,
+        progress=lambda rows: context.progress(rows, context.rows, "calibration rows"),
+    )
+    if captured.silent:
+        raise _silent(step, captured)
+    return captured
+
+
+def smoothed_inputs(step: Quantize, model: nn.Module, context: Context, jobs: list[Job], captured: Captured) -> dict[str, Seen]:
+    """What was seen at each site whose input is rounded; factors that can be are folded into the model."""
+    by_path = {job.site.path: job for job in jobs if job.rounds_input}
+    inputs = {path: Seen.of(captured, path) for path in by_path}
+    if not step.smooth:
+        return inputs
+    groups: dict[str, list[Job]] = {}
+    for path, seen in inputs.items():
+        groups.setdefault(seen.leader or path, []).append(by_path[path])
+    found = {}
+    for number, (leader, group) in enumerate(groups.items()):
+        context.progress(number, len(groups), f"factors for {leader}")
+        smoothed = _factors(step, model, group, inputs[leader])
+        if smoothed is not None and smoothed.gain_db >= _WORTH_FOLDED_DB:
+            found[leader] = smoothed
+    places = folds(model, context, [[job.site for job in groups[leader]] for leader in found])
+    for leader, smoothed in found.items():
+        place = places.get(leader)
+        if place is not None:
+            place.apply(model, smoothed.factor)
+        elif smoothed.before_db >= step.smooth_below_db or smoothed.gain_db < _WORTH_DB:
+            continue
+        for job in groups[leader]:
+            path = job.site.path
+            inputs[path] = replace(inputs[path], smoothed=smoothed, folded=place.producer if place else None)
+    return inputs
+
+
+def second_moments(step: Quantize, model: nn.Module, context: Context, stage: list[Job], ties: Ties) -> dict[str, SecondMoment]:
+    """The second moments of the inputs of a stage's linear layers, as the model is now; none without GPTQ."""
+    kinds = ("linear", "conv1d")
+    paths = [job.site.path for job in stage if job.site.kind in kinds and not ties.holders[job.site.path]]
+    if step.rounding == "nearest" or not paths:
+        return {}
+    captured = capture(
+        model,
+        context.call,
+        context.calibration(),
+        {path: (SecondMoment(),) for path in paths},
+        batch_size=step.batch_size,
+        whole=False,
+    )
+    if captured.silent:
+        raise _silent(step, captured)
+    moments: dict[str, SecondMoment] = {}
+    for path in paths:
+        moment = captured.observers[path][0]
+        assert isinstance(moment, SecondMoment)
+        inputs = moment.matrix.shape[0]
+        if moment.count < inputs:
+            needed = math.ceil(captured.rows * inputs / max(moment.count, 1))
+            raise UserError(
+                step.name,
+                f"rounding: gptq at {path} needs {inputs} positions, and the {captured.rows} calibration rows have "
+                f"{moment.count}",
+                f"Use about {needed} rows, or rounding: nearest.",
+            )
+        moments[path] = moment
+    return moments
+
+
+def _requests(step: Quantize, model: nn.Module, context: Context, jobs: list[Job]) -> dict[str, Sequence[Observer]]:
+    """What is observed at each site; sites that read the same tensor get the same observers."""
+    kinds = {job.site.path: job.site.kind for job in jobs}
+    first = next(iter(context.calibration()), None)
+    leaders = {} if first is None else shared_inputs(model, context.call, first, dict.fromkeys(kinds, step.range))
+    importance: dict[str, Tensor] = {}
+    for path, kind in kinds.items():
+        leader, columns = leaders.get(path, path), column_energy(model.get_submodule(path), kind)
+        importance[leader] = importance[leader] + columns if leader in importance else columns
+    made = {leader: (range_observer(step.range, step.percentile, energy), Channels()) for leader, energy in importance.items()}
+    return {path: made[leaders.get(path, path)] for path in kinds}
+
+
+def _factors(step: Quantize, model: nn.Module, group: list[Job], seen: Seen) -> Smoothing | None:
+    """Factors for a tensor that the layers of a group read, or None where a convolution is among them."""
+    if any(job.site.kind == "conv2d" for job in group) or seen.nothing:
+        return None
+    weight = torch.cat([weight_of(model.get_submodule(job.site.path), job.site.kind) for job in group])
+    channels = seen.channels
+    low, high, mean_square = (statistic.to(weight.device) for statistic in (channels.low, channels.high, channels.mean_square))
+    if step.smooth == "balanced":
+        share = _HALF if step.rounding == "gptq" else 1.0
+        return balanced(weight, low, high, mean_square, group[0].grid, input_grid(step), weight_share=share)
+    return smoothing(weight, low, high, mean_square, group[0].grid, input_grid(step))
+
+
+def _silent(step: Quantize, captured: Captured) -> UserError:
+    silent = ", ".join(captured.silent)
+    return UserError(step.name, f"{silent} never ran on the calibration rows", f"Leave out what does not run: skip: [{silent}].")

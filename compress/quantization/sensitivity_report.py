@@ -1,0 +1,171 @@
+"""Which sites of a recipe's model hurt when they are quantized: ``compress sensitivity``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from calibrate.errors import UserError
+from compress.anatomy import Anatomy, find
+from compress.checks import placed
+from compress.datasets import Data, load_data
+from compress.passes.contract import Context
+from compress.passes.quantize import Quantize
+from compress.preparation import model_of
+from compress.progress import Progress
+from compress.quantization.bit_choice import Bits
+from compress.quantization.sensitivity import Sensitivity, decibels, measure
+from compress.quantization.site_options import Choice, SiteOptions, label, options_of
+from compress.surgery import Surgery
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+    from compress.sources import Source
+
+__all__ = ["SensitivityReport", "SettingLoss", "SiteLoss", "Uniform", "make"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SettingLoss(_Record):
+    """One site, or sites that share a weight, at one setting, everything else in float."""
+
+    bytes: int = Field(description="of the site's tensors, room for factors of its input among them")
+    db: float | None = Field(description="SQNR of the model's outputs; null: nothing is lost")
+    noise: float = Field(description="squared error of the outputs over their squares")
+    kl: float | None = Field(description="mean divergence of the softmax of the outputs, in nats; null for single scores")
+    agreement: float | None = Field(description="share of rows whose largest output stays; null for single scores")
+
+
+class SiteLoss(_Record):
+    """One site, or sites that share a weight."""
+
+    sites: list[str]
+    role: str
+    settings: dict[str, SettingLoss]
+    refused: dict[str, str] = Field(description="settings that it cannot take, with the reason")
+
+
+class Uniform(_Record):
+    """All sites at one setting; those that cannot take it stay float."""
+
+    bytes: int = Field(description="of the whole model")
+    predicted_db: float | None = Field(description="from the losses of the single sites, which add up")
+
+
+class SensitivityReport(_Record):
+    """The loss of every site at every setting. Fields are only ever added to within one version."""
+
+    version: Literal[1] = 1
+    name: str
+    model: str
+    before: list[str] = Field(description="passes that were carried out first")
+    place: str = Field(description="file:line:column of the quantize pass")
+    rows: int = Field(description="calibration rows on which losses were measured")
+    calibration: int = Field(description="calibration rows that ranges come from")
+    settings: list[str]
+    bytes_before: int
+    sites: list[SiteLoss]
+    uniform: dict[str, Uniform]
+    kept: dict[str, str] = Field(description="sites that stay float whatever is chosen, with the reason")
+
+    def worst_first(self, setting: str) -> list[SiteLoss]:
+        """The sites by what they lose at a setting; those that cannot take it come last."""
+        return sorted(self.sites, key=lambda one: -one.settings[setting].noise if setting in one.settings else 1.0)
+
+
+def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progress: Progress | None = None) -> SensitivityReport:
+    """Carries out the passes before the first ``quantize`` in memory, then measures what that one's sites lose.
+
+    The settings are the candidates of its ``mixed``, or else 8 bits with and without rounded inputs, 4 and 2 bits.
+
+    Args:
+        trust: whether Python files that the recipe names may be run.
+        rows: calibration rows on which losses are measured (default: as ``mixed`` says, or 64).
+
+    Raises:
+        UserError: the recipe has no ``quantize``; or what would stop the run, with its place.
+    """
+    progress = progress or Progress()
+    number = next((number for number, step in enumerate(recipe.passes) if isinstance(step, Quantize)), None)
+    if number is None:
+        what = "the recipe has no quantize pass whose sites could be measured"
+        raise UserError(recipe.place("passes"), what, "Add one, such as `- quantize: {weights: 8}`.")
+    step = recipe.passes[number]
+    assert isinstance(step, Quantize)
+    torch.manual_seed(recipe.seed)
+    torch.set_num_threads(recipe.threads)
+    with progress.step("load model and calibration data"):
+        source = model_of(recipe, trust)
+        data = load_data(recipe, source, evaluation=False)
+    model = _after(recipe, source, data, number, progress)
+    context = _context(recipe, source, data, model, Surgery(), progress)
+    candidates = _candidates(step)
+    with progress.step("the loss of each site"), placed(recipe, "passes", number, step.name):
+        bits = Bits.of(step.uniform, model, context.anatomy, candidates)
+        wanted = rows or (step.mixed.rows if step.mixed else 64)
+        found = measure(step.uniform, model, context, bits.groups, wanted)
+    settings = [label(options_of(one)) for one in candidates]
+    return SensitivityReport(
+        name=recipe.name,
+        model=source.name,
+        before=[one.name for one in recipe.passes[:number]],
+        place=recipe.place("passes", number, step.name),
+        rows=found.reference.rows,
+        calibration=context.rows,
+        settings=settings,
+        bytes_before=bits.before,
+        sites=[SiteLoss.model_validate(entry) for entry in found.json()],
+        uniform={name: _uniform(bits, found, name) for name in settings},
+        kept=bits.stuck,
+    )
+
+
+def _candidates(step: Quantize) -> Sequence[Choice | SiteOptions]:
+    if step.mixed is not None:
+        return [one for one in step.mixed.candidates if options_of(one).weights != "float"]
+    own: tuple[Choice | SiteOptions, ...] = (8, SiteOptions(weights=8, activations="none"), 4, 2)
+    return [one for one in own if step.activations != "none" or not isinstance(one, SiteOptions)]
+
+
+def _uniform(bits: Bits, found: Sensitivity, name: str) -> Uniform:
+    noise = sum(losses[name].noise for losses in found.losses if name in losses)
+    size = bits.before + sum(group.sizes[name] - group.whole for group in bits.groups if name in group.sizes)
+    return Uniform(bytes=size, predicted_db=decibels(noise))
+
+
+def _after(recipe: Recipe, source: Source, data: Data, count: int, progress: Progress) -> nn.Module:
+    """The model after the first passes."""
+    model, surgery = source.model, Surgery()
+    for number, step in enumerate(recipe.passes[:count]):
+        with progress.step(f"pass {number + 1}: {step.name}"), placed(recipe, "passes", number, step.name):
+            if step.timed:
+                what = f"{step.timed.partition(', ')[0]} is measured in files, which this command does not write"
+                raise UserError(step.name, what, "Put quantize first in a copy of the recipe, or take the option out.")
+            context = _context(recipe, source, data, model, surgery, progress)
+            context.validation = data.judge(source, recipe.data.metric) if step.validates or step.judges else None
+            model = step.run(model, context)
+    return model
+
+
+def _context(recipe: Recipe, source: Source, data: Data, model: nn.Module, surgery: Surgery, progress: Progress) -> Context:
+    return Context(
+        signature=source.signature,
+        anatomy=_anatomy(recipe, source, data, model),
+        calibration=data.calibration_batches,
+        surgery=surgery,
+        rows=len(data.calibration) * data.calibration.group,
+        seed=recipe.seed,
+        progress=progress.update,
+        fingerprint=source.fingerprint,
+    )
+
+
+def _anatomy(recipe: Recipe, source: Source, data: Data, model: nn.Module) -> Anatomy:
+    return find(model, source.signature, data.example, {str(role): paths for role, paths in recipe.model.roles.items()})
