@@ -33,7 +33,10 @@ for library, extra in (
 ):
     pytest.importorskip(library, reason=f"needs the extra {extra}")
 
-MAY_CHANGE = ("model", "model.source", "model.checkpoint", "data.columns*", "data.*.path", "data.*.rows", "data.tokens")
+MAY_CHANGE = (
+    *("model", "model.source", "model.checkpoint", "data.columns*", "data.*.path", "data.*.rows", "data.tokens"),
+    "passes.*.mixed.size_ratio",  # of a small random model most bytes are in its tables
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ CASES = [
     # The same function: sums in another order.
     Case("nested-text-encoder", "bert", least_db=100, most_db=160),
     Case("cut-from-nested", "bert", least_db=0, after="nested-text-encoder"),
-    Case("mixed-bits", "bert", (("size_ratio: 0.2}", "size_ratio: 0.27}"), ("size_ratio: 0.25", "size_ratio: 0.9")), least_db=8),
+    Case("mixed-bits", "bert", (("size_ratio: 0.2}", "size_ratio: 0.27}"),), least_db=8),
     Case("max-drop", "bert", (("rows: 256", "rows: 64"), ("rows: 512", "rows: 64"))),
     Case("int4-weights", "llama", (("rows: 256", "rows: 32"),), least_db=9),
     Case("gpt2-int8", "gpt2", least_db=30),

@@ -209,11 +209,12 @@ def test_training_never_ends_worse_on_held_out_rows(rate: float, monkeypatch: py
 
 
 def test_what_the_output_does_not_like_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoilt(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        taught = distil(model, *args, **kwargs)
-        for name in ("weight", "bias"):
-            old = model.get_parameter(f"blocks.0.mlp.fc2.{name}")
-            model.get_submodule("blocks.0.mlp.fc2").register_parameter(name, nn.Parameter(-20 * old.detach()))
+    def spoilt(model: nn.Module, call: Any, lesson: Any, rates: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        taught = distil(model, call, lesson, rates, *args, **kwargs)
+        for path in rates:
+            owner, _, name = path.rpartition(".")
+            old = model.get_parameter(path)
+            model.get_submodule(owner).register_parameter(name, nn.Parameter(-20 * old.detach()))
         return taught
 
     monkeypatch.setattr("compress.distillation.blocks.distil", spoilt)
