@@ -137,7 +137,7 @@ class Cast(Pass):
             reason = "named under skip" if site.path in left else obstacle(model, site.path, site.kind)
             if hasattr(module, "quantized_weight"):
                 reason = "it is quantized"
-            if hasattr(module, "cast_to"):
+            if hasattr(module, "cast_to") and site.path not in left:
                 raise UserError(self.name, f"{site.path} is cast already", f"Leave it out with skip: [{site.path}].")
             if reason:
                 skipped[site.path] = reason

@@ -245,7 +245,7 @@ class _Told:
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
     """NNCF imported, without its telemetry, its prints, and the C++ extension that it would compile at first use."""
-    os.environ.setdefault("NNCF_CI", "1")
+    os.environ["NNCF_CI"] = "1"
     import nncf
     from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
     from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize

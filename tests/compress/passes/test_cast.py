@@ -121,6 +121,12 @@ def test_a_second_cast_is_refused() -> None:
         tried(Cast(sites=["first"]), trial.after, trial.signature, trial.rows)
 
 
+def test_a_second_cast_leaves_out_what_its_error_names() -> None:
+    once = tried(Cast(sites=["first"]), *massive())
+    twice = tried(Cast(sites=["first", "last"], skip=["first"]), once.after, *massive()[1:])
+    assert {path for path, module in twice.after.named_modules() if hasattr(module, "cast_to")} == {"first", "last"}
+
+
 def test_roles_are_found_again_after_it() -> None:
     trial = tried(Cast(), *digits())
     again = find(trial.after, trial.signature, {"pixels": trial.rows[0]["pixels"][:2]})
