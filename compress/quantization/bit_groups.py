@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FLOAT", "BitGroup", "bit_groups"]
 
-FLOAT = "float"
+FLOAT: Literal["float"] = "float"
+_NOTHING = "no candidate that all sites with its weight can take"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def bit_groups(
 ) -> tuple[list[BitGroup], dict[str, str]]:
     """The groups of all sites that ``step`` would quantize, and sites that stay float whatever is chosen, with the reason.
 
-    A site that ``step.overrides`` names has that setting alone, with ``undo`` float too.
+    A group that can take none of the candidates has float as its only setting. A site that ``step.overrides`` names has that
+    setting alone, with ``undo`` float too.
 
     Args:
         step: without ``mixed`` and ``max_drop``.
@@ -101,8 +103,9 @@ def bit_groups(
             reason = next((draft.refused[name] for draft in drafts if name in draft.refused), "all sites have overrides")
             raise UserError(step.name, f"mixed: no site can take {name}: {reason}", "Take it out of candidates.")
     found = [_group(model, members, step.smooth is not False) for members in _tied(model, drafts)]
-    stuck = {path: "; ".join(group.refused.values()) for group in found if not group.settings for path in group.paths}
-    return [group for group in found if group.settings], skipped | stuck
+    alone = [group for group in found if set(group.settings) == {FLOAT}]
+    stuck = {path: "; ".join(group.refused.values()) or _NOTHING for group in alone for path in group.paths}
+    return found, skipped | stuck
 
 
 def _settle(step: Quantize, model: nn.Module, draft: _Draft, wanted: Mapping[str, SiteOptions]) -> None:
@@ -131,7 +134,8 @@ def _tied(model: nn.Module, drafts: Sequence[_Draft]) -> list[list[_Draft]]:
 def _group(model: nn.Module, members: Sequence[_Draft], factors: bool) -> BitGroup:
     first = members[0]
     paths = tuple(draft.site.path for draft in members)
-    shared = [name for name in first.settings if all(name in draft.settings for draft in members)]
+    shared = {name: first.settings[name] for name in first.settings if all(name in draft.settings for draft in members)}
+    shared = shared or {FLOAT: SiteOptions(weights=FLOAT)}
     refused = {name: reason for draft in members for name, reason in draft.refused.items()}
     blocks = {draft.site.block for draft in members}
     return BitGroup(
@@ -140,7 +144,7 @@ def _group(model: nn.Module, members: Sequence[_Draft], factors: bool) -> BitGro
         role=", ".join(first.site.roles),
         block=first.site.block if len(blocks) == 1 else None,
         numbers=int(model.get_submodule(first.site.path).get_parameter("weight").numel()),
-        settings={name: first.settings[name] for name in shared},
+        settings=shared,
         refused=refused,
         whole=_float_bytes(model, paths),
         sizes={name: _bytes(model, paths, [draft.layers.get(name) for draft in members], factors) for name in shared},

@@ -18,6 +18,7 @@ from compress.passes.quantize import Quantize
 from compress.preparation import model_of
 from compress.progress import Progress
 from compress.quantization.bit_choice import Bits
+from compress.quantization.bit_groups import FLOAT
 from compress.quantization.sensitivity import Sensitivity, decibels, measure
 from compress.quantization.site_options import Choice, SiteOptions, label, options_of
 from compress.surgery import Surgery
@@ -121,7 +122,7 @@ def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progre
         calibration=context.rows,
         settings=settings,
         bytes_before=bits.before,
-        sites=[SiteLoss.model_validate(entry) for entry in found.json()],
+        sites=[SiteLoss.model_validate(entry) for entry in found.json() if set(entry["settings"]) != {FLOAT}],
         uniform={name: _uniform(bits, found, name) for name in settings},
         kept=bits.stuck,
     )

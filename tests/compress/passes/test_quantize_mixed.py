@@ -14,7 +14,7 @@ from trial import Trial, digits, tried
 
 from calibrate.errors import UserError
 from calibrate.inventory import inventory
-from calibrate.signature import Signature, TensorSpec
+from calibrate.signature import Batch, Signature, TensorSpec
 from compress.anatomy import find
 from compress.layers import QuantEmbedding, QuantLinear, is_quantized
 from compress.passes.contract import Context
@@ -164,6 +164,45 @@ def test_a_site_that_cannot_take_a_setting_has_another_and_says_why() -> None:
     assert any(value == 4 for value in says["overrides"].values())
     with pytest.raises(UserError, match="no site can take 4"):
         tried(Quantize(group_size=7, mixed={"candidates": [8, 4], "size_ratio": 0.23}), model, signature, rows)
+
+
+class Uneven(nn.Module):
+    """Two layers; groups of 32 divide the inputs of the second alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(24, 64)
+        self.wide = nn.Linear(64, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wide(torch.relu(self.narrow(x)))
+
+
+def uneven() -> tuple[nn.Module, Signature, list[Batch]]:
+    torch.manual_seed(0)
+    signature = Signature((TensorSpec("x", torch.float32, ("batch", 24)),))
+    return Uneven().eval(), signature, [{"x": torch.randn(32, 24)} for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    "budget", [{"mixed": {"size_ratio": 0.8}}, {"mixed": {"loss_db": 5}}, {"mixed": {}, "max_drop": 1.0}], ids=str
+)
+def test_a_site_that_takes_no_candidate_stays_float_as_is_told(budget: dict[str, Any]) -> None:
+    options = budget | {"sites": ["*"], "mixed": {"candidates": [4, 2]} | budget["mixed"]}
+    model, signature, rows = uneven()
+    before = stored(model)
+    step = Quantize.model_validate(options)
+    rehearsed = copy.deepcopy(model)
+    step.rehearse(rehearsed, find(model, signature, rows[0]), Surgery())
+    trial = tried(step, model, signature, rows)
+    says = trial.context.report["max_drop" if "max_drop" in budget else "mixed"]
+    assert "does not divide" in says["kept"]["narrow"]
+    for after in (rehearsed, trial.after):
+        assert {path for path, module in after.named_modules() if is_quantized(module)} == {"wide"}
+    if "max_drop" not in budget:
+        assert stored(trial.after) == says["bytes_after"] <= says["bytes_predicted"] < before
+    again = tried(Quantize.model_validate({"sites": ["*"], "overrides": says["overrides"]}), *uneven())
+    assert torch.equal(trial.outputs(trial.after), again.outputs(again.after))
 
 
 class Tied(nn.Module):
