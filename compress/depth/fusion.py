@@ -152,6 +152,8 @@ class Fusion:
         }
         rows, call = (self.fit, self.held), self.context.call
         lesson = Lesson(self.model, call, rows, [list(near)[-1]], step=self.options.rows_per_step)
+        if lesson.left_out and lesson.left_out not in self.context.report.get("warnings", ()):
+            self.context.report.setdefault("warnings", []).append(lesson.left_out)
         with ExitStack() as stack:
             stack.enter_context(passing(self.model.get_submodule(now)))
             stack.enter_context(grafting(self.model, grafts))

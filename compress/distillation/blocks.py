@@ -63,7 +63,9 @@ def distil_blocks(
     fit, held = (thinned(part, generator) for part in rows)
     judge = Judge(original, context.call, rows[1] if held is rows[1] else [*rows[1], *held])
     before = judge.sqnr_db(model)
-    lesson = Lesson(original, context.call, (fit, held), blocks, "features", _ROWS)
+    lesson = Lesson(original, context.call, (fit, held), {path: blocks[path] for path in trained}, "features", _ROWS)
+    if lesson.left_out:
+        context.report.setdefault("warnings", []).append(lesson.left_out)
     matrices = [model.get_parameter(name) for name in names if model.get_parameter(name).dim() > 1]
     rate = _RATE * statistics.median(map(_size, matrices))
     course = Course(epochs=epochs, rows=_ROWS, patience=_PATIENCE, seed=context.seed)
@@ -74,6 +76,8 @@ def distil_blocks(
         for path, (owner, name) in places.items():
             model.get_submodule(owner)._parameters[name] = old[path]
         told |= {"sqnr_db_after": finite(before), "undone": "the model's outputs on the held-out rows were nearer without it"}
+    if not (lesson.fit and lesson.held):
+        told["because"] = lesson.left_out
     return told | {"training": taught.json()}
 
 

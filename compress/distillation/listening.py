@@ -118,21 +118,28 @@ class Store:
         self.rows, self.left = rows, most_bytes
         self.half: bool | None = None
 
+    def room(self, values: Any, rows: int, spared: int = 0) -> int:
+        """For how many of these rows there is room, when so many bytes stay free."""
+        size = self._size(values, rows) / max(rows, 1)
+        return min(rows, int(max(self.left - spared, 0) / size)) if size else rows
+
     def packed(self, heard: Heard, rows: int) -> dict[str, Packed] | None:
         """None: there is no room for them."""
         packed: dict[str, Packed] | None = self.packed_all(heard, rows)
         return packed if packed is not None else None
 
     def packed_all(self, values: Any, rows: int) -> Any:
-        leaves = [leaf for leaf in _pytree.tree_leaves(values) if _floating(leaf)]
-        size = sum(leaf.numel() * 4 for leaf in leaves)
-        if self.half is None:
-            self.half = size / max(rows, 1) * self.rows > self.left
-        size //= 2 if self.half else 1
+        size = self._size(values, rows)
         if size > self.left:
             return None
         self.left -= size
         return _pytree.tree_map(self._packed, values)
+
+    def _size(self, values: Any, rows: int) -> int:
+        size = sum(leaf.numel() * 4 for leaf in _pytree.tree_leaves(values) if _floating(leaf))
+        if self.half is None:
+            self.half = size / max(rows, 1) * self.rows > self.left
+        return size // 2 if self.half else size
 
     def _packed(self, leaf: Any) -> Any:
         if not _floating(leaf):

@@ -28,6 +28,9 @@ __all__ = ["OUTPUT", "Course", "Lesson", "Taught", "distil"]
 
 Call = Callable[[nn.Module, Batch], Tensor]
 
+_HELD = 4
+"""One part in so many of the memory is the most that held-out rows take: the others are there to learn from."""
+
 
 @dataclass(frozen=True)
 class Course:
@@ -89,6 +92,7 @@ class Lesson:
         fit, held: batches to learn from and to judge on.
         wanted: for each, what was heard under each key.
         signal: for each key the mean square, over all positions of ``held`` that count.
+        left_out: in words, that there was no room for what the model gives for all rows; empty: there was.
     """
 
     def __init__(
@@ -114,27 +118,38 @@ class Lesson:
         self.paths = dict(paths) if isinstance(paths, Mapping) else {path: path for path in paths}
         self.output = output
         self.fit, self.held = (list(split(part, step)) for part in rows)
-        store = Store(count(self.fit) + count(self.held), most_bytes)
+        given = count(self.fit), count(self.held)
+        store = Store(sum(given), most_bytes)
         with still(model):
-            self.wanted = tuple(self._recorded(model, call, part, store) for part in (self.held, self.fit))[::-1]
-        self.fit = self.fit[: len(self.wanted[0])]
+            self.held, judged = self._recorded(model, call, self.held, store, most_bytes - most_bytes // _HELD)
+            self.fit, learnt = self._recorded(model, call, self.fit, store)
+        self.wanted = (learnt, judged)
+        self.left_out = _left_out(given, (count(self.fit), count(self.held)), most_bytes)
         self.signal = {key: self._mean_square(key) for key in self.keys}
 
     @property
     def keys(self) -> list[str]:
         return [*self.paths, *([OUTPUT] if self.output else [])]
 
-    def _recorded(self, model: nn.Module, call: Call, batches: list[Batch], store: Store) -> list[dict[str, Packed]]:
-        found = []
-        for batch in batches:
-            heard = hear(model, call, batch, self.paths, bool(self.output))
-            packed = store.packed(heard, count([batch]))
+    def _recorded(
+        self, model: nn.Module, call: Call, batches: list[Batch], store: Store, spared: int = 0
+    ) -> tuple[list[Batch], list[dict[str, Packed]]]:
+        """The batches that there is room for, the last perhaps in part, and what was heard for each; so many bytes stay free."""
+        kept: list[Batch] = []
+        found: list[dict[str, Packed]] = []
+        for whole in batches:
+            heard, batch = hear(model, call, whole, self.paths, bool(self.output)), whole
+            if (room := store.room(heard, count([whole]), spared)) < count([whole]):
+                batch = {name: tensor[:room] for name, tensor in whole.items()}
+                heard = hear(model, call, batch, self.paths, bool(self.output)) if room else heard
+            packed = store.packed(heard, room) if room else None
             if packed is None:
                 break
+            kept.append(batch)
             found.append(packed)
-        if batches is self.held and len(found) < len(batches):
-            self.held = batches[: len(found)]
-        return found
+            if batch is not whole:
+                break
+        return kept, found
 
     def _mean_square(self, key: str) -> float:
         total, numbers = 0.0, 0
@@ -339,6 +354,15 @@ def _valid(x: Tensor, batch: Batch) -> Tensor:
     """The positions that count, the channels last."""
     valid = counted(x, batch.get("attention_mask"))
     return x if valid is None else x[valid]
+
+
+def _left_out(given: tuple[int, int], kept: tuple[int, int], most_bytes: int) -> str:
+    """Rows to learn from and held out, as given and as kept."""
+    if kept == given:
+        return ""
+    told = f"distillation learns from {kept[0]} of {given[0]} rows and is judged on {kept[1]} of {given[1]}"
+    nothing = "" if all(kept) else ", so that nothing can be learnt"
+    return f"{told}{nothing}: what the model gives for all of them takes more than {most_bytes >> 20} MiB"
 
 
 def _owners(names: Mapping[str, float]) -> list[str]:

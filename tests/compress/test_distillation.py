@@ -261,12 +261,28 @@ def test_little_memory_means_half_precision_then_fewer_rows(stack: Stack, split:
     error = half.wanted[0][0]["blocks.2"].tensor - full.wanted[0][0]["blocks.2"].tensor
     assert 0 < error.abs().max() < 2**-11 * full.wanted[0][0]["blocks.2"].tensor.abs().max()
     less = Lesson(stack, call, split, ["blocks.2"], most_bytes=whole // 4)
-    assert (len(less.fit), len(less.held)) == (5, 2), "rows to judge on come first"
+    assert (len(less.fit), len(less.held)) == (6, 2), "rows to judge on take a fourth, the last batches are there in part"
     done = distil(hurt(stack), call, less, RATES, BLOCKS, Course(epochs=10))
-    assert (done.rows, done.held_rows) == (40, 16)
+    assert (done.rows, done.held_rows) == (42, 14)
+    assert "learns from 42 of 96 rows and is judged on 14 of 16" in less.left_out
+    assert not full.left_out
+    assert not half.left_out
     assert done.loss_after < done.loss_before
     monkeypatch.setattr(listening, "MOST_BYTES", 100)
     assert not distil(hurt(stack), call, less, RATES, BLOCKS, Course(steps=1)).remembered, "no room: computed again"
+
+
+def test_rows_to_judge_on_leave_room_to_learn_from_wide_outputs(stack: Stack) -> None:
+    """There is room for one batch of eight, and each of the two held-out ones would take all of it, as logits of a language
+    model do."""
+    halves = rows(2), rows(2, seed=1)
+    lesson = Lesson(stack, call, halves, (), "features", most_bytes=8 * 5 * 8 * 2)
+    done = distil(hurt(stack), call, lesson, RATES, BLOCKS, Course(epochs=3))
+    assert (done.rows, done.held_rows) == (6, 2)
+    assert done.steps == done.planned == 3
+    assert done.loss_after < done.loss_before
+    nothing = Lesson(stack, call, halves, (), "features", most_bytes=79)
+    assert "learns from 0 of 16 rows and is judged on 0 of 16, so that nothing can be learnt" in nothing.left_out
 
 
 def test_parameters_made_in_inference_mode_can_be_trained(stack: Stack, split: Rows) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any
 
@@ -17,7 +18,7 @@ from calibrate.signature import Batch
 from compress.depth.choice import find_candidates
 from compress.depth.output_scores import OutputNoise, first_rows, least_noise
 from compress.distillation.blocks import thinned
-from compress.distillation.training import distil
+from compress.distillation.training import Lesson, distil
 from compress.passes.drop_layers import DropLayers
 
 SINK = {"attention": "attn.proj", "mlp": "mlp.fc2"}
@@ -225,6 +226,23 @@ def test_what_the_output_does_not_like_is_undone(monkeypatch: pytest.MonkeyPatch
     )
     assert "undone" in taught.context.report["repair"]["distillation"]
     assert all(torch.equal(kept(plain)[name], value) for name, value in kept(taught).items())
+
+
+@pytest.mark.parametrize("room", [0, 200_000])
+def test_rows_that_there_is_no_room_for_are_told(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.distillation.blocks.Lesson", functools.partial(Lesson, most_bytes=room))
+    model, signature, rows = digits()
+    report = tried(DropLayers(**TAUGHT, distill=1), model, signature, rows).context.report
+    told = report["repair"]["distillation"]
+    assert bool(told["training"]["rows"]) == bool(room)
+    assert ("because" in told) == (not room)
+    assert any(f"learns from {told['training']['rows']} of" in line for line in report["warnings"])
+
+
+def test_only_blocks_that_learn_are_listened_at_so_that_what_runs_before_is_remembered() -> None:
+    model, signature, rows = digits()
+    last = tried(DropLayers(attention=[-1], repair=True, distill=1), model, signature, rows)
+    assert last.context.report["repair"]["distillation"]["training"]["remembered"]
 
 
 def test_the_same_seed_trains_the_same_bytes() -> None:
