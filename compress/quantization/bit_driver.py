@@ -144,7 +144,7 @@ def _ladder(step: Quantize, model: nn.Module, context: Context) -> tuple[Bits, S
         points = sorted({round(number * (len(curve) - 1) / max(1, count - 1)) for number in range(count)})
         made = [bits.settings(curve.choices(point)) for point in points]
     else:
-        own = {group.name: next(name for name in group.settings if name != FLOAT) for group in bits.groups}
+        own = {group.name: next((name for name in group.settings if name != FLOAT), FLOAT) for group in bits.groups}
         alone = {group.name: loss[own[group.name]] for group, loss in zip(bits.groups, losses, strict=True)}
         order = sorted(own, key=lambda name: -alone[name])
         made = [own | dict.fromkeys(order[:count], FLOAT) for count in range(len(order))]

@@ -80,7 +80,7 @@ def bit_groups(
     """The groups of all sites that ``step`` would quantize, and sites that stay float whatever is chosen, with the reason.
 
     A group that can take none of the candidates has float as its only setting. A site that ``step.overrides`` names has that
-    setting alone, with ``undo`` float too.
+    setting alone, with ``undo`` float too; a head that shares a table's codes has the table's settings.
 
     Args:
         step: without ``mixed`` and ``max_drop``.
@@ -94,7 +94,7 @@ def bit_groups(
     drafts = [_Draft(job.site, job.table) for job in jobs]
     wanted = {label(options): options for options in map(options_of, candidates)}
     for draft in drafts:
-        path = draft.site.path
+        path = (draft.leader or draft.site).path
         rest = {name: options for name, options in wanted.items() if undo and name == FLOAT}
         _settle(step, model, draft, {label(own[path]): own[path]} | rest if path in own else wanted)
     for name, options in wanted.items():

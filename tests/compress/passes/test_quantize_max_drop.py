@@ -18,7 +18,7 @@ from calibrate.signature import Batch, Signature, TensorSpec
 from compress.anatomy import find
 from compress.embedded import digits_rows
 from compress.labelled import Judged, Validation
-from compress.layers import is_quantized
+from compress.layers import QuantEmbedding, QuantLinear, is_quantized
 from compress.passes.contract import Context
 from compress.passes.quantize import Quantize
 from compress.rehearsal import stand_in
@@ -162,6 +162,43 @@ def test_sites_with_overrides_are_undone_too() -> None:
         assert says["overrides"].get("blocks.1.mlp.fc1") == "float"
     entry = next(entry for entry in says["sites"] if entry["sites"] == ["blocks.1.mlp.fc1"])
     assert set(entry["settings"]) == {"2", "float"}
+
+
+class Tied(nn.Module):
+    """Word vectors that are read and predicted with, and a layer between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 64)
+        self.between = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 96, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(x + torch.tanh(self.between(x)))
+
+
+@pytest.mark.parametrize("override", [4, {"weights": 4}, "float"], ids=str)
+def test_a_head_follows_what_its_table_is_told(override: Any) -> None:
+    torch.manual_seed(0)
+    signature = Signature((TensorSpec("ids", torch.int64, ("batch", "tokens")),))
+    rows = [{"ids": torch.randint(0, 96, (16, 12))} for _ in range(2)]
+    step = Quantize.model_validate({"sites": ["between"], "embeddings": 8, "overrides": {"embed": override}, "max_drop": 1.0})
+    _, after, context = driven(step, None, (Tied().eval(), signature, rows))
+    says = context.report["max_drop"]
+    assert says["undone"] == 0
+    assert says["overrides"] == {}
+    embed, head = after.get_submodule("embed"), after.get_submodule("head")
+    if override == "float":
+        assert rounded(after) == {"between"}
+        return
+    assert rounded(after) == {"embed", "between", "head"}
+    assert isinstance(embed, QuantEmbedding)
+    assert isinstance(head, QuantLinear)
+    assert embed.quantized_weight is head.quantized_weight
+    assert embed.quantized_weight.grid.bits == 4
+    assert {"4", "float"} in [set(entry["settings"]) for entry in says["sites"] if entry["sites"] == ["embed", "head"]]
 
 
 @pytest.mark.parametrize(
