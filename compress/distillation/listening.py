@@ -136,7 +136,7 @@ class Store:
         return _pytree.tree_map(self._packed, values)
 
     def _size(self, values: Any, rows: int) -> int:
-        size = sum(leaf.numel() * 4 for leaf in _pytree.tree_leaves(values) if _floating(leaf))
+        size: int = sum(leaf.numel() * 4 for leaf in _pytree.tree_leaves(values) if _floating(leaf))
         if self.half is None:
             self.half = size / max(rows, 1) * self.rows > self.left
         return size // 2 if self.half else size

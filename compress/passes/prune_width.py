@@ -13,6 +13,8 @@ from calibrate.errors import UserError
 from calibrate.modes import frozen
 from calibrate.signature import Batch, Signature
 from compress.anatomy import Anatomy, find
+from compress.depth.output_scores import first_rows
+from compress.depth.repair import MOST_HELD
 from compress.distillation.blocks import distil_blocks
 from compress.passes.contract import Context, Pass, Target
 from compress.rehearsal import stand_in
@@ -167,7 +169,7 @@ class PruneWidth(Pass):
             return {"because": "there are too few calibration rows to hold some out"}
         paths = [block.path for block in context.anatomy.blocks]
         alike = {path: path for path in paths}
-        return distil_blocks(model, original, context, (fit, held), self.distill, alike, paths[first:])
+        return distil_blocks(model, original, context, (fit, first_rows(held, MOST_HELD)), self.distill, alike, paths[first:])
 
     @property
     def _ratio(self) -> float:

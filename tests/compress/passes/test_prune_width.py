@@ -16,6 +16,7 @@ from calibrate.fidelity import sqnr_db
 from calibrate.inventory import inventory
 from calibrate.signature import Batch, Signature
 from compress.anatomy import find
+from compress.depth.repair import MOST_HELD
 from compress.layers import Absent
 from compress.passes.prune_width import PruneWidth
 from compress.passes.quantize import Quantize
@@ -280,3 +281,11 @@ def test_training_after_the_repair_brings_the_output_nearer_and_no_epochs_change
     assert torch.equal(taught.outputs(rebuilt(taught)), taught.outputs(taught.after))
     with pytest.raises(ValidationError, match="repair: false"):
         PruneWidth(macs=0.5, repair=False, distill=1)
+
+
+def test_training_holds_out_no_more_rows_than_what_the_model_gives_for_them_has_room() -> None:
+    model, signature, rows = digits()
+    many = rows * (3 * MOST_HELD * 4 // sum(len(next(iter(batch.values()))) for batch in rows) + 1)
+    trial = tried(PruneWidth(macs=0.9, score="magnitude", distill=1), model, signature, many)
+    training = trial.context.report["repair"]["distillation"]["training"]
+    assert training["held_rows"] == MOST_HELD < training["rows"]
