@@ -189,6 +189,10 @@ class Quantize(Pass):
             raise ValueError("mixed has no budget\nAdd size_ratio, size_mb or loss_db to it, or max_drop beside it.")
         if self.mixed is not None and self.mixed.budgets and self.max_drop is not None:
             raise ValueError("max_drop and a budget of mixed both say how far to go\nKeep one of them.")
+        for option, bits in (("weights", self.weights), ("embeddings", self.embeddings)):
+            if self.mixed is not None and bits not in (None, 8):
+                what = f"mixed chooses the bits, and {option}: {bits} would say nothing of them"
+                raise ValueError(f"{what}\nName {bits} among its candidates, and take {option} out or let it be 8.")
         if wrong := nncf_refusal(self):
             raise ValueError(wrong)
         return self
@@ -203,13 +207,8 @@ class Quantize(Pass):
         """Whether bits are chosen when the pass runs."""
         return self.mixed is not None or self.max_drop is not None
 
-    @property
-    def uniform(self) -> Quantize:
-        """The same with 8 bits at first, where bits are chosen: every site can take those."""
-        return self if self.mixed is None else self.model_copy(update={"weights": 8, "embeddings": self.embeddings and 8})
-
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
-        jobs = plan_sites(self.uniform, model, anatomy)[0]
+        jobs = plan_sites(self, model, anatomy)[0]
         return [Target(job.site.path, ", ".join(job.site.roles), action(self, job)) for job in jobs]
 
     def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
@@ -234,7 +233,7 @@ class Quantize(Pass):
             ties.settle(model, surgery, job.site.path)
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-        return plan_sites(self.uniform, model, anatomy)[1]
+        return plan_sites(self, model, anatomy)[1]
 
     @property
     def judges(self) -> bool:

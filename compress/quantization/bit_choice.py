@@ -113,9 +113,9 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
     """
     mixed = step.mixed
     assert mixed is not None
-    bits = Bits.of(step.uniform, model, context.anatomy, mixed.candidates)
+    bits = Bits.of(step, model, context.anatomy, mixed.candidates)
     budget = bits.budget(mixed)
-    found = measure(step.uniform, model, context, bits.groups, mixed.rows)
+    found = measure(step, model, context, bits.groups, mixed.rows)
     curve = bits.frontier([{name: loss.noise for name, loss in losses.items()} for losses in found.losses])
     tried: list[dict[str, float | None]] = []
     if budget is not None:
@@ -236,7 +236,7 @@ def forecast(step: Quantize, model: nn.Module, anatomy: Anatomy) -> Quantize:
     """
     if step.mixed is None:
         return step.model_copy(update={"max_drop": None})
-    bits = Bits.of(step.uniform, model, anatomy, step.mixed.candidates)
+    bits = Bits.of(step, model, anatomy, step.mixed.candidates)
     budget = bits.budget(step.mixed)
     curve = bits.frontier([{name: _guessed(group, name) for name in group.settings} for group in bits.groups])
     point = 0 if budget is None else curve.within(budget - bits.fixed)

@@ -135,8 +135,8 @@ def drive(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
 def _ladder(step: Quantize, model: nn.Module, context: Context) -> tuple[Bits, Sensitivity, list[Settings]]:
     """Assignments from the strongest to the gentlest that still rounds something."""
     candidates: Sequence[Choice | SiteOptions] = step.mixed.candidates if step.mixed else (SiteOptions(), "float")
-    bits = Bits.of(step.uniform, model, context.anatomy, candidates, undo=step.mixed is None)
-    found = measure(step.uniform, model, context, bits.groups, step.mixed.rows if step.mixed else _ROWS)
+    bits = Bits.of(step, model, context.anatomy, candidates, undo=step.mixed is None)
+    found = measure(step, model, context, bits.groups, step.mixed.rows if step.mixed else _ROWS)
     losses = [{name: loss.noise for name, loss in group.items()} for group in found.losses]
     if step.mixed is not None:
         curve = bits.frontier(losses)

@@ -109,9 +109,9 @@ def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progre
     context = _context(recipe, source, data, model, Surgery(), progress)
     candidates = _candidates(step)
     with progress.step("the loss of each site"), placed(recipe, "passes", number, step.name):
-        bits = Bits.of(step.uniform, model, context.anatomy, candidates)
+        bits = Bits.of(step, model, context.anatomy, candidates)
         wanted = rows or (step.mixed.rows if step.mixed else 64)
-        found = measure(step.uniform, model, context, bits.groups, wanted)
+        found = measure(step, model, context, bits.groups, wanted)
     settings = [label(options_of(one)) for one in candidates]
     return SensitivityReport(
         name=recipe.name,

@@ -151,6 +151,22 @@ def test_options_that_do_not_go_together_are_refused(mixed: dict[str, Any]) -> N
         Quantize.model_validate({"mixed": mixed})
 
 
+@pytest.mark.parametrize("options", [{"weights": 4}, {"embeddings": 2}], ids=str)
+def test_bits_beside_mixed_are_refused_and_candidates_are_named(options: dict[str, Any]) -> None:
+    mixed = {"candidates": [2, {"activations": "none"}, "float"], "size_ratio": 0.5}
+    ((option, bits),) = options.items()
+    with pytest.raises(ValidationError, match=rf"{option}: {bits} would say nothing of them\nName {bits} among its candidates"):
+        Quantize.model_validate({"mixed": mixed} | options)
+    assert Quantize.model_validate({"mixed": mixed, option: 8}).mixed
+
+
+def test_a_candidate_without_bits_of_its_own_is_done_as_it_was_measured() -> None:
+    trial = on_digits({"candidates": [{"activations": "none"}], "size_ratio": 0.5})
+    assert {m.quantized_weight.grid.bits for m in trial.after.modules() if isinstance(m, QuantLinear)} == {8}
+    says = trial.context.report["mixed"]
+    assert says["measured"]["db"] == pytest.approx(says["predicted_db"], abs=1.5)
+
+
 def test_a_site_that_cannot_take_a_setting_has_another_and_says_why() -> None:
     model, signature, rows = digits()
     step = Quantize(sites=["*"], group_size=128, mixed={"candidates": [8, 4], "size_ratio": 0.26})
