@@ -43,10 +43,17 @@ class Bits:
 
     @classmethod
     def of(
-        cls, step: Quantize, model: nn.Module, anatomy: Anatomy, candidates: Sequence[Choice | SiteOptions], undo: bool = False
+        cls,
+        step: Quantize,
+        model: nn.Module,
+        anatomy: Anatomy,
+        candidates: Sequence[Choice | SiteOptions],
+        *,
+        undo: bool = False,
+        strict: bool = True,
     ) -> Bits:
-        """See ``bit_groups``, which raises UserError for a candidate that no site can take."""
-        groups, stuck = bit_groups(step, model, anatomy, candidates, undo)
+        """See ``bit_groups``, which raises UserError for a candidate that no site can take, if ``strict``."""
+        groups, stuck = bit_groups(step, model, anatomy, candidates, undo=undo, strict=strict)
         before = sum(entry.bytes for entry in inventory(model).values())
         return cls(groups, stuck, before - sum(group.whole for group in groups), before)
 

@@ -75,7 +75,13 @@ class _Draft:
 
 
 def bit_groups(
-    step: Quantize, model: nn.Module, anatomy: Anatomy, candidates: Sequence[Choice | SiteOptions], undo: bool = False
+    step: Quantize,
+    model: nn.Module,
+    anatomy: Anatomy,
+    candidates: Sequence[Choice | SiteOptions],
+    *,
+    undo: bool = False,
+    strict: bool = True,
 ) -> tuple[list[BitGroup], dict[str, str]]:
     """The groups of all sites that ``step`` would quantize, and sites that stay float whatever is chosen, with the reason.
 
@@ -85,9 +91,10 @@ def bit_groups(
     Args:
         step: without ``mixed`` and ``max_drop``.
         candidates: settings that a site may have.
+        strict: whether each of them has to be one that some site can take.
 
     Raises:
-        UserError: a candidate that no site can take.
+        UserError: a candidate that no site can take, if ``strict``.
     """
     jobs, skipped = plan_sites(step, model, anatomy)
     own = overridden(anatomy, step.overrides, {job.site.path for job in jobs} | set(skipped), step.name)
@@ -97,15 +104,22 @@ def bit_groups(
         path = (draft.leader or draft.site).path
         rest = {name: options for name, options in wanted.items() if undo and name == FLOAT}
         _settle(step, model, draft, {label(own[path]): own[path]} | rest if path in own else wanted)
-    for name, options in wanted.items():
-        takers = [draft for draft in drafts if name in draft.settings]
-        if drafts and not takers and options.weights != FLOAT:
-            reason = next((draft.refused[name] for draft in drafts if name in draft.refused), "all sites have overrides")
-            raise UserError(step.name, f"mixed: no site can take {name}: {reason}", "Take it out of candidates.")
+    if strict:
+        _refuse_untaken(step, drafts, wanted)
     found = [_group(model, members, step.smooth is not False) for members in _tied(model, drafts)]
     alone = [group for group in found if set(group.settings) == {FLOAT}]
     stuck = {path: "; ".join(group.refused.values()) or _NOTHING for group in alone for path in group.paths}
     return found, skipped | stuck
+
+
+def _refuse_untaken(step: Quantize, drafts: Sequence[_Draft], wanted: Mapping[str, SiteOptions]) -> None:
+    """Raises UserError for a candidate that no site can take."""
+    for name, options in wanted.items():
+        if not drafts or options.weights == FLOAT or any(name in draft.settings for draft in drafts):
+            continue
+        reason = next((draft.refused[name] for draft in drafts if name in draft.refused), "all sites have overrides")
+        hint = "Name a group_size that fits, or take it out of candidates." if "group_size" in reason else ""
+        raise UserError(step.name, f"mixed: no site can take {name}: {reason}", hint or "Take it out of candidates.")
 
 
 def _settle(step: Quantize, model: nn.Module, draft: _Draft, wanted: Mapping[str, SiteOptions]) -> None:

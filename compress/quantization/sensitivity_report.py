@@ -84,7 +84,8 @@ class SensitivityReport(_Record):
 def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progress: Progress | None = None) -> SensitivityReport:
     """Carries out the passes before the first ``quantize`` in memory, then measures what that one's sites lose.
 
-    The settings are the candidates of its ``mixed``, or else 8 bits with and without rounded inputs, 4 and 2 bits.
+    The settings are the candidates of its ``mixed``, or else 8 bits with and without rounded inputs, 4 and 2 bits, of
+    which a site may refuse some.
 
     Args:
         trust: whether Python files that the recipe names may be run.
@@ -109,7 +110,7 @@ def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progre
     context = _context(recipe, source, data, model, Surgery(), progress)
     candidates = _candidates(step)
     with progress.step("the loss of each site"), placed(recipe, "passes", number, step.name):
-        bits = Bits.of(step, model, context.anatomy, candidates)
+        bits = Bits.of(step, model, context.anatomy, candidates, strict=step.mixed is not None)
         wanted = rows or (step.mixed.rows if step.mixed else 64)
         found = measure(step, model, context, bits.groups, wanted)
     settings = [label(options_of(one)) for one in candidates]

@@ -120,12 +120,34 @@ def test_the_command_prints_sorts_and_writes_a_page(
     assert [line.split()[0] for line in lines] == sorted(at_4, key=at_4.__getitem__)
 
 
+def test_bits_that_no_site_can_take_are_named_and_the_others_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "plain.yaml"
+    plain = '{sites: ["blocks.0.mlp.*"], group_size: 48, overrides: {blocks.0.mlp.fc2: 8}}'  # 48 of 64 inputs
+    mixed = '{sites: ["mlp.*"], mixed: {candidates: [8, 4, float], size_ratio: 0.5, rows: 16}}'
+    assert mixed in RECIPE
+    recipe.write_text(RECIPE.replace(mixed, plain))
+    assert ran(monkeypatch, str(recipe), "--json", "--quiet", "--rows", "16") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == ["8", "8 weights only", "4", "2"]
+    site, other = found["sites"]
+    assert set(other["settings"]) == {"8"}
+    assert set(site["settings"]) == {"8", "8 weights only"}
+    assert set(site["refused"]) == {"4", "2"}
+    assert all("group_size 48 does not divide the 64 inputs" in reason for reason in site["refused"].values())
+    assert found["uniform"]["4"] == {"bytes": found["bytes_before"], "predicted_db": None}
+    assert ran(monkeypatch, str(recipe), "--quiet", "--rows", "16") == 0
+    assert "blocks.0.mlp.fc1 cannot take 4: group_size 48" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "says"),
     [
         (("  - quantize: {sites", "  # - quantize: {sites"), (), "no quantize pass"),
         (("[8, 4, float]", "[8, 4, 5]"), (), "candidates[2] is 5"),
         (('"mlp.*"', '"mlq.*"'), (), "mlq.*"),
+        (('"mlp.*"]', '"mlp.*"], group_size: 48'), (), "Name a group_size that fits"),
         (("", ""), ("--by", "3"), "'3' is not a setting"),
         (("", ""), ("--html", "no/such/folder/page.html"), "cannot be written"),
     ],
