@@ -115,7 +115,7 @@ class DropLayers(Pass):
             raise ValueError("accuracy_driven decides what goes and how much\nTake the numbers, count or ratio out.")
         if self.sublayers == "block":
             raise ValueError("accuracy_driven takes out sublayers and heads\nWrite sublayers: attention, mlp or both.")
-        for option in ("method", "score"):
+        for option in ("method", "score", "rows"):
             if option in given:
                 raise ValueError(f"{option} goes with count or ratio\nTake it out: accuracy_driven has its own.")
         return self
@@ -130,6 +130,13 @@ class DropLayers(Pass):
             raise ValueError("numbers and count (or ratio) exclude each other\nUse two passes of drop_layers.")
         if self.count is not None and self.ratio is not None:
             raise ValueError("count and ratio both say how many\nKeep one of them.")
+        for option in ("sublayers", "method", "score", "rows"):
+            if numbered and option in self.model_fields_set:
+                raise ValueError(
+                    f"{option} goes with count or ratio, and numbers say what goes\nTake {option} out, or the numbers."
+                )
+        if self.score != "output" and "rows" in self.model_fields_set and not self.accuracy_driven:
+            raise ValueError("rows goes with score: output\nAdd score: output, or take rows out.")
         if self.method == "consecutive" and self.sublayers != "block":
             raise ValueError("consecutive takes neighbouring blocks\nWrite sublayers: block, or another method.")
         if self.method == "search" and self.score != "output":

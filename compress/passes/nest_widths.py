@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
@@ -43,6 +43,12 @@ class NestWidths(Pass):
         "trajectory", description="How units are ranked; magnitude looks at weights only, random is a control."
     )
     rows: int = Field(64, ge=1, description="Calibration rows that units are scored on.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> NestWidths:
+        if self.score != "trajectory" and "rows" in self.model_fields_set:
+            raise ValueError(f"rows goes with score: trajectory\nTake rows out, or score: {self.score}.")
+        return self
 
     @property
     def calibrates(self) -> bool:

@@ -212,6 +212,8 @@ def with_mappings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 COMPANIONS: dict[str, dict[str, Any]] = {
     "alpha": {"engine": "nncf"},
     "scale_estimation": {"engine": "nncf", "weights": 4, "activations": "none"},
+    "sublayers": {"count": 1},
+    "rows": {"count": 1, "score": "output"},
 }
 """Options that mean nothing without others."""
 

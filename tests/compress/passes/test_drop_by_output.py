@@ -276,6 +276,13 @@ def test_generation_with_a_cache_equals_generation_without_after_training() -> N
         ({"count": 1, "repair": False, "distill": 1}, "repair: false"),
         ({"accuracy_driven": True, "distill": 1}, "accuracy_driven: true"),
         ({"count": 1, "distill": -1}, "greater than or equal to 0"),
+        ({"blocks": [1], "score": "similarity"}, "score goes with count or ratio"),
+        ({"mlp": [1], "method": "one_shot"}, "method goes with count or ratio"),
+        ({"attention": [1], "sublayers": "attention"}, "sublayers goes with count or ratio"),
+        ({"attention": [1], "rows": 9}, "rows goes with count or ratio"),
+        ({"count": 1, "rows": 128}, "rows goes with score: output"),
+        ({"count": 1, "score": "random", "rows": 9}, "rows goes with score: output"),
+        ({"accuracy_driven": True, "rows": 9}, "rows goes with count or ratio"),
     ],
     ids=str,
 )

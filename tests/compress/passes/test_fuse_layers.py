@@ -212,6 +212,7 @@ def test_a_model_without_blocks_is_refused() -> None:
         ({"blocks": [1], "count": 1}, "blocks and count each say what goes"),
         ({"blocks": [1, 1]}, "blocks names 1 twice"),
         ({"group": 1}, "greater than or equal to 2"),
+        ({"score": "random", "candidates": 2}, "candidates goes with score: influence"),
         ({"ratio": 1.0}, "less than 1"),
     ],
 )

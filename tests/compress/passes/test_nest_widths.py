@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from nesting import nest
+from pydantic import ValidationError
 from torch import nn
 from trial import Trial, digits, tried
 
@@ -77,8 +78,8 @@ def test_units_stand_in_the_order_of_their_importance() -> None:
         down[:, [3, 70, 200]] = 0
         down[:, 9] *= 50
         model.get_parameter("blocks.2.attn.proj.weight")[:, 16:32] = 0
-    for score in ("magnitude", "trajectory"):
-        told = tried(NestWidths(score=score, rows=16), model, signature, rows).context.nested
+    for options in ({"score": "magnitude"}, {"rows": 16}):
+        told = tried(NestWidths.model_validate(options), model, signature, rows).context.nested
         assert told is not None
         neurons = next(one for one in told.units if (one.block, one.kind) == (1, "neuron"))
         assert set(neurons.order[-3:]) == {3, 70, 200}
@@ -150,3 +151,5 @@ def test_quantized_models_are_refused() -> None:
 def test_only_trajectory_scores_read_rows() -> None:
     assert NestWidths().calibrates
     assert not NestWidths(score="magnitude").calibrates
+    with pytest.raises(ValidationError, match="rows goes with score: trajectory"):
+        NestWidths(score="magnitude", rows=16)

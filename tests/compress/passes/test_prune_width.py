@@ -88,12 +88,12 @@ def test_useless_units_go_first_and_nothing_is_lost() -> None:
     heads, neurons = {0: [1], 2: [0]}, {1: list(range(40)), 3: list(range(20, 60))}
     useless(model, heads, neurons)
     kept = find(model, signature, {"pixels": rows[0]["pixels"][:2]})
-    options: dict[str, Any] = {"round_to": 4, "rows": 8, "repair": False}
-    full = PruneWidth(macs=0.99, **options)
+    options: dict[str, Any] = {"round_to": 4, "repair": False}
+    full = PruneWidth(macs=0.99, rows=8, **options)
     units = full._units(model, kept)[0]
     cost = sum(len((heads if one.kind == "head" else neurons).get(one.block, [])) * one.flops for one in units)
     ratio = 1 - cost / sum(block.flops for block in kept.blocks)
-    trial = tried(PruneWidth(macs=ratio + 1e-9, **options), model, signature, rows)
+    trial = tried(PruneWidth(macs=ratio + 1e-9, rows=8, **options), model, signature, rows)
     assert trial.sqnr_db > 100
     for entry in trial.context.report["gone"]:
         expected = (heads if entry["kind"] == "head" else neurons).get(entry["block"], [])
@@ -105,10 +105,10 @@ def test_useless_units_go_first_and_nothing_is_lost() -> None:
 
 def test_trajectory_is_better_than_random_and_repair_helps() -> None:
     model, signature, rows = digits()
-    options: dict[str, Any] = {"macs": 0.6, "round_to": 4, "rows": 32}
-    ours = tried(PruneWidth(**options, repair=False), model, signature, rows)
+    options: dict[str, Any] = {"macs": 0.6, "round_to": 4}
+    ours = tried(PruneWidth(**options, rows=32, repair=False), model, signature, rows)
     control = tried(PruneWidth(**options, score="random", repair=False), model, signature, rows)
-    repaired = tried(PruneWidth(**options), model, signature, rows)
+    repaired = tried(PruneWidth(**options, rows=32), model, signature, rows)
     assert ours.sqnr_db > control.sqnr_db + 1
     told = repaired.context.report["repair"]
     assert told["sqnr_after_db"] > told["sqnr_before_db"] + 3
@@ -190,7 +190,7 @@ def test_quantize_follows() -> None:
 
 def test_seeds() -> None:
     model, signature, rows = digits()
-    step = PruneWidth(macs=0.6, rows=8, score="random", repair=False)
+    step = PruneWidth(macs=0.6, score="random", repair=False)
     first, again = (tried(step, model, signature, rows).context.report["gone"] for _ in range(2))
     assert first == again
 
@@ -281,6 +281,13 @@ def test_training_after_the_repair_brings_the_output_nearer_and_no_epochs_change
     assert torch.equal(taught.outputs(rebuilt(taught)), taught.outputs(taught.after))
     with pytest.raises(ValidationError, match="repair: false"):
         PruneWidth(macs=0.5, repair=False, distill=1)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "random"])
+def test_rows_to_score_on_need_a_score_that_reads_rows(score: Any) -> None:
+    assert PruneWidth(macs=0.5, score="trajectory", rows=8).rows == 8
+    with pytest.raises(ValidationError, match=f"rows goes with score: trajectory\nTake rows out, or score: {score}"):
+        PruneWidth(macs=0.5, score=score, rows=8)
 
 
 def test_training_holds_out_no_more_rows_than_what_the_model_gives_for_them_has_room() -> None:
