@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compress.passes.contract import Context
     from compress.passes.quantize import Quantize
 
-__all__ = ["Assignment", "Bits", "as_options", "choose", "forecast", "with_settings"]
+__all__ = ["Assignment", "Bits", "as_options", "choose", "dealt", "forecast", "with_settings"]
 
 _TRIALS = 8
 """Assignments that are tried for a loss, before the best of all."""
@@ -123,15 +123,15 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
     bits = Bits.of(step, model, context.anatomy, mixed.candidates)
     budget = bits.budget(mixed)
     found = measure(step, model, context, bits.groups, mixed.rows)
-    curve = bits.frontier([{name: loss.noise for name, loss in losses.items()} for losses in found.losses])
+    curve = bits.frontier(found.noises)
+    scored = curve if mixed.score == "sensitivity" else bits.frontier(dealt(found, context.seed))
     tried: list[dict[str, float | None]] = []
     if budget is not None:
-        losses = curve if mixed.score == "sensitivity" else bits.frontier(_dealt(found, context.seed))
-        point = losses.within(budget - bits.fixed)
+        point = scored.within(budget - bits.fixed)
         assert point is not None
-        chosen = _rounding(_assigned(bits, found, losses, point), mixed)
+        chosen = _rounding(_assigned(bits, found, scored, point), mixed)
     else:
-        chosen = _good_enough(step, model, context, bits, found, curve, tried)
+        chosen = _good_enough(step, model, context, bits, found, scored, tried)
     model = _fixed(step, bits, chosen).run(model, context)
     context.report["mixed"] = {
         "budget": mixed.budgets,
@@ -271,7 +271,7 @@ def _noise_of(found: Sensitivity, settings: Mapping[str, str]) -> float:
     return sum(losses[settings[group.name]].noise for group, losses in zip(found.groups, found.losses, strict=True))
 
 
-def _dealt(found: Sensitivity, seed: int) -> list[dict[str, float]]:
+def dealt(found: Sensitivity, seed: int) -> list[dict[str, float]]:
     """Losses that keep what a setting costs on average, and know nothing of the sites."""
     names = {name for losses in found.losses for name in losses}
     rng = random.Random(seed)

@@ -18,7 +18,7 @@ from calibrate.errors import UserError
 from calibrate.fidelity import Fidelity
 from calibrate.metrics import metric
 from calibrate.modes import evaluating
-from compress.quantization.bit_choice import Bits, as_options, with_settings
+from compress.quantization.bit_choice import Bits, as_options, dealt, with_settings
 from compress.quantization.bit_groups import FLOAT
 from compress.quantization.sensitivity import Sensitivity, measure
 from compress.quantization.site_options import Choice, SiteOptions
@@ -137,9 +137,9 @@ def _ladder(step: Quantize, model: nn.Module, context: Context) -> tuple[Bits, S
     candidates: Sequence[Choice | SiteOptions] = step.mixed.candidates if step.mixed else (SiteOptions(), "float")
     bits = Bits.of(step, model, context.anatomy, candidates, undo=step.mixed is None)
     found = measure(step, model, context, bits.groups, step.mixed.rows if step.mixed else _ROWS)
-    losses = [{name: loss.noise for name, loss in group.items()} for group in found.losses]
+    losses = found.noises
     if step.mixed is not None:
-        curve = bits.frontier(losses)
+        curve = bits.frontier(losses if step.mixed.score == "sensitivity" else dealt(found, context.seed))
         count = min(_STEPS, len(curve))
         points = sorted({round(number * (len(curve) - 1) / max(1, count - 1)) for number in range(count)})
         made = [bits.settings(curve.choices(point)) for point in points]

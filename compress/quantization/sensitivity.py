@@ -93,6 +93,11 @@ class Sensitivity:
     losses: list[dict[str, Loss]]
     reference: Reference
 
+    @property
+    def noises(self) -> list[dict[str, float]]:
+        """What each group loses at each setting, as one number."""
+        return [{name: loss.noise for name, loss in losses.items()} for losses in self.losses]
+
     def json(self) -> list[dict[str, Any]]:
         """One entry for each group, in the model's order."""
         return [

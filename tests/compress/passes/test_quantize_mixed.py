@@ -69,6 +69,24 @@ def test_chosen_bits_beat_bits_dealt_out_at_random() -> None:
         assert says["measured"]["db"] < chosen["measured"]["db"] - 1
 
 
+ROUGH: dict[str, Any] = {"group_size": 64, "activations": "none", "weight_range": "minmax", "smooth": False}
+
+
+@pytest.mark.parametrize("how", [{"mixed": {"loss_db": 12}}, {"mixed": {}, "max_drop": 0.03}], ids=str)
+def test_bits_dealt_out_at_random_are_a_control_without_a_budget_of_size_too(how: dict[str, Any]) -> None:
+    model, signature, rows = digits()
+    anatomy = find(model, signature, {name: tensor[:2] for name, tensor in rows[0].items()})
+    sizes, choices = [], []
+    for score in ("sensitivity", "random"):
+        made = Context(signature, anatomy, lambda: iter(rows), Surgery(), seed=0)
+        mixed = {"candidates": [8, 2], "score": score, "rows": 32} | how["mixed"]
+        after = Quantize.model_validate(ROUGH | how | {"mixed": mixed}).run(copy.deepcopy(model), made)
+        sizes.append(stored(after))
+        choices.append(made.report["max_drop" if "max_drop" in how else "mixed"]["overrides"])
+    assert choices[0] != choices[1]
+    assert sizes[0] < sizes[1]
+
+
 def test_what_is_told_can_be_written_as_overrides() -> None:
     trial = on_digits({"candidates": [8, 4, {"weights": 8, "activations": "none"}], "size_ratio": 0.25})
     overrides = trial.context.report["mixed"]["overrides"]
