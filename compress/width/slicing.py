@@ -57,7 +57,7 @@ def slice_units(
             else:
                 _remove(model, surgery, units)
             _settle(model, surgery, signature, example, expected, units, kept)
-        except UserError:
+        except BaseException:
             del surgery.edits[done:]
             raise
 
@@ -70,7 +70,7 @@ def put_back(model: nn.Module, units: Units) -> Iterator[None]:
     before = [(module, _shallow(module)) for module in modules]
     try:
         yield
-    except UserError:
+    except BaseException:
         for module, (holders, numbers) in before:
             for name, entries in holders.items():
                 held = vars(module)[name]

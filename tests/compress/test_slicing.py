@@ -15,6 +15,7 @@ from calibrate.fidelity import sqnr_db
 from compress.anatomy import find
 from compress.layers import Absent
 from compress.surgery import Surgery
+from compress.width.permuting import reorder
 from compress.width.slicing import slice_units
 from compress.width.units import Units, Unseparable, find_units, masked
 
@@ -116,6 +117,33 @@ def test_a_norm_over_all_heads_is_named() -> None:
     assert [one.reason for one in found if isinstance(one, Unseparable)] == [
         "all of them depend on the same rows (one norm over all heads, or keys and values that all share)"
     ] * 2
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
+def test_a_model_is_left_as_it_was_whatever_goes_wrong(fault: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory in the run that follows, or stopped by hand."""
+    model, signature, example = build("gpt2")
+    units = next(one for one in find_units(model, signature, find(model, signature, example), example) if isinstance(one, Units))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def left() -> bool:
+        after = model.state_dict()
+        return before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+    def fails(*_: Any, **__: Any) -> Any:
+        assert not left()
+        raise fault("no memory")
+
+    surgery = Surgery()
+    monkeypatch.setattr("compress.width.slicing._settle", fails)
+    with pytest.raises(fault, match="no memory"):
+        slice_units(model, surgery, signature, example, units, [0])
+    assert left()
+    assert not surgery.edits
+    monkeypatch.setattr("compress.width.permuting.sqnr_db", fails)
+    with pytest.raises(fault, match="no memory"):
+        reorder(model, signature, example, units, list(range(len(units)))[::-1])
+    assert left()
 
 
 def test_a_model_that_cannot_follow_is_left_as_it_was() -> None:
