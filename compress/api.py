@@ -77,7 +77,12 @@ def plan(recipe: Recipe | str | Path, *, trust: bool = False, evaluate: bool = T
 
 
 def sensitivity(
-    recipe: Recipe | str | Path, *, trust: bool = False, rows: int | None = None, progress: Progress | None = None
+    recipe: Recipe | str | Path,
+    *,
+    trust: bool = False,
+    rows: int | None = None,
+    by: str | None = None,
+    progress: Progress | None = None,
 ) -> SensitivityReport:
     """What each site of a recipe's ``quantize`` loses alone, without labels: ``compress sensitivity`` from Python.
 
@@ -85,6 +90,7 @@ def sensitivity(
         recipe: a recipe, the path of its file, or the name of a shipped one.
         trust: whether Python files that the recipe names may be run.
         rows: calibration rows on which losses are measured (default: 64, or as ``mixed`` says).
+        by: a setting that has to be among those that are measured: refused before anything is, where it is not.
         progress: where to tell how far it is (default: nowhere).
 
     Raises:
@@ -94,7 +100,7 @@ def sensitivity(
 
     found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
     with _placed(found):
-        return sensitivity_report.make(found, trust=trust, rows=rows, progress=progress)
+        return sensitivity_report.make(found, trust=trust, rows=rows, by=by, progress=progress)
 
 
 @contextmanager

@@ -203,9 +203,7 @@ def sensitivity(
     from compress import api
 
     with _stoppable("stopped; nothing was written"), _progress(quiet) as progress:
-        found = api.sensitivity(recipe, trust=trust, rows=rows, progress=progress)
-    if by is not None and by not in found.settings:
-        raise UserError("--by", f"{by!r} is not a setting that was measured", f"There is: {', '.join(found.settings)}.")
+        found = api.sensitivity(recipe, trust=trust, rows=rows, by=by, progress=progress)
     chosen = by or found.settings[0]
     if html is not None:
         from compress.page.sensitivity import write_sensitivity

@@ -81,7 +81,9 @@ class SensitivityReport(_Record):
         return sorted(self.sites, key=lambda one: -one.settings[setting].noise if setting in one.settings else 1.0)
 
 
-def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progress: Progress | None = None) -> SensitivityReport:
+def make(
+    recipe: Recipe, *, trust: bool = False, rows: int | None = None, by: str | None = None, progress: Progress | None = None
+) -> SensitivityReport:
     """Carries out the passes before the first ``quantize`` in memory, then measures what that one's sites lose.
 
     The settings are the candidates of its ``mixed``, or else 8 bits with and without rounded inputs, 4 and 2 bits, of
@@ -90,17 +92,18 @@ def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progre
     Args:
         trust: whether Python files that the recipe names may be run.
         rows: calibration rows on which losses are measured (default: as ``mixed`` says, or 64).
+        by: a setting that has to be among those that are measured.
 
     Raises:
-        UserError: the recipe has no ``quantize``; or what would stop the run, with its place.
+        UserError: the recipe has no ``quantize``, or one by NNCF; ``by`` is not among the settings; or what would stop the
+            run, with its place.
     """
     progress = progress or Progress()
-    number = next((number for number, step in enumerate(recipe.passes) if isinstance(step, Quantize)), None)
-    if number is None:
-        what = "the recipe has no quantize pass whose sites could be measured"
-        raise UserError(recipe.place("passes"), what, "Add one, such as `- quantize: {weights: 8}`.")
-    step = recipe.passes[number]
-    assert isinstance(step, Quantize)
+    number, step = _measured(recipe)
+    candidates = _candidates(step)
+    settings = [label(options_of(one)) for one in candidates]
+    if by is not None and by not in settings:
+        raise UserError("--by", f"{by!r} is not a setting that is measured", f"There is: {', '.join(settings)}.")
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
     with progress.step("load model and calibration data"):
@@ -108,12 +111,10 @@ def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progre
         data = load_data(recipe, source, evaluation=False)
     model = _after(recipe, source, data, number, progress)
     context = _context(recipe, source, data, model, Surgery(), progress)
-    candidates = _candidates(step)
     with progress.step("the loss of each site"), placed(recipe, "passes", number, step.name):
         bits = Bits.of(step, model, context.anatomy, candidates, strict=step.mixed is not None)
         wanted = rows or (step.mixed.rows if step.mixed else 64)
         found = measure(step, model, context, bits.groups, wanted)
-    settings = [label(options_of(one)) for one in candidates]
     return SensitivityReport(
         name=recipe.name,
         model=source.name,
@@ -127,6 +128,19 @@ def make(recipe: Recipe, *, trust: bool = False, rows: int | None = None, progre
         uniform={name: _uniform(bits, found, name) for name in settings},
         kept=bits.stuck,
     )
+
+
+def _measured(recipe: Recipe) -> tuple[int, Quantize]:
+    """The first ``quantize`` and its number."""
+    for number, step in enumerate(recipe.passes):
+        if not isinstance(step, Quantize):
+            continue
+        if step.engine != "own":
+            what = f"quantize: sites are measured as the own engine rounds them, and the recipe has engine: {step.engine}"
+            raise UserError(recipe.place("passes", number, step.name), what, "Take engine out in a copy of the recipe.")
+        return number, step
+    what = "the recipe has no quantize pass whose sites could be measured"
+    raise UserError(recipe.place("passes"), what, "Add one, such as `- quantize: {weights: 8}`.")
 
 
 def _candidates(step: Quantize) -> Sequence[Choice | SiteOptions]:

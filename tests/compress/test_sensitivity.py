@@ -18,6 +18,7 @@ from compress.anatomy import find
 from compress.embedded import digits_model, digits_rows
 from compress.passes.contract import Context
 from compress.passes.quantize import Quantize
+from compress.quantization import sensitivity_report
 from compress.quantization.bit_groups import bit_groups
 from compress.quantization.sensitivity import Sensitivity, decibels, measure
 from compress.quantization.site_options import SiteOptions
@@ -163,5 +164,31 @@ def test_mistakes_end_with_2_and_say_what(
 ) -> None:
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text(RECIPE.replace(*change))
+    assert ran(monkeypatch, str(recipe), "--quiet", *arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("quantize", "arguments", "says"),
+    [
+        ("{}", ("--by", "3"), "There is: 8, 8 weights only, 4, 2."),
+        ("{engine: nncf}", (), "quantize: sites are measured as the own engine rounds them, and the recipe has engine: nncf"),
+    ],
+    ids=["by", "nncf"],
+)
+def test_what_cannot_be_told_is_refused_before_anything_is_loaded(
+    quantize: str,
+    arguments: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def loads(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(sensitivity_report, "model_of", loads)
+    recipe = tmp_path / "refused.yaml"
+    recipe.write_text(RECIPE.split("  - drop_layers")[0] + f"  - quantize: {quantize}\nexport: [onnx]\n")
     assert ran(monkeypatch, str(recipe), "--quiet", *arguments) == 2
     assert says in capsys.readouterr().err
