@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,14 @@ from compress.width.nested import read as read_nested
 from compress.yaml_positions import parse
 
 __all__ = ["extracting", "name_of", "shares"]
+
+
+_WIDTH = "A width is a share above 0 and at most 1."
+_HINTS = {
+    "macs": "A budget is a share above 0 and at most 1.",
+    "size_ratio": "A budget is a share above 0 and at most 1.",
+    "round_to": "Neurons that stay are a multiple of a whole number, at least 1 and at most 1024.",
+}
 
 
 def extracting(run: Path, out: Path | None, options: dict[str, Any]) -> tuple[Recipe, Path]:
@@ -75,8 +84,10 @@ def name_of(name: str, options: dict[str, Any]) -> str:
     for option, short in (("width", "w"), ("widths", "w"), ("macs", "macs"), ("size_ratio", "size"), ("heads", "heads")):
         if (value := options.get(option)) is not None:
             said.append(short + "-".join(f"{one:g}" for one in (value if isinstance(value, tuple) else (value,))))
+    if (number := options.get("round_to")) is not None:
+        said.append(f"r{number}")
     found = "-".join([name, *said, *(["repaired"] if options.get("repair") else [])])
-    return found if len(found) <= 80 else f"{name[:70]}-mixed"
+    return found if len(found) <= 80 else f"{name[:60]}-mixed-{hashlib.sha256(found.encode()).hexdigest()[:8]}"
 
 
 def _step(folder: str, options: dict[str, Any]) -> ExtractWidth:
@@ -87,7 +98,7 @@ def _step(folder: str, options: dict[str, Any]) -> ExtractWidth:
         where = f"--{str(first['loc'][0]).replace('_', '-')}" if first["loc"] else "compress extract"
         what, _, hint = first["msg"].removeprefix("Value error, ").partition("\n")
         if first["loc"]:
-            what, hint = f"{first['input']}: {what[0].lower()}{what[1:]}", "A width is a share above 0 and at most 1."
+            what, hint = f"{first['input']}: {what[0].lower()}{what[1:]}", _HINTS.get(str(first["loc"][0]), _WIDTH)
         raise UserError(where, what, hint) from None
 
 

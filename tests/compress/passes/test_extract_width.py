@@ -29,7 +29,8 @@ from compress.passes.nest_widths import NestWidths
 from compress.passes.quantize import Quantize
 from compress.rehearsal import stand_in
 from compress.surgery import Surgery
-from compress.width import nested
+from compress.width import extraction, nested
+from compress.width.extraction import name_of
 from compress.width.prefixes import kept_share
 from compress.width.units import masked
 
@@ -295,3 +296,30 @@ def test_kept_share_is_that_of_the_units(sorted_digits: tuple[Path, Trial]) -> N
     everything = [len(one) for one in told.units]
     assert kept_share(told, everything, macs=True) == kept_share(told, everything, macs=False) == 1
     assert kept_share(told, [0] * len(everything), macs=True) < 0.1
+
+
+def test_other_options_have_another_name() -> None:
+    long = {"widths": tuple(0.01 * number for number in range(1, 40))}
+    asked: list[dict[str, Any]] = [
+        {"width": 0.5}, {"width": 0.5, "round_to": 1}, {"width": 0.5, "round_to": 8}, {"width": 0.5, "repair": True},
+        long, {"widths": long["widths"][::-1]}, {**long, "round_to": 8}, {**long, "repair": True},
+    ]  # fmt: skip
+    names = [name_of("n" * length, options) for options in asked for length in (5, 70)]
+    assert len(set(names)) == len(names)
+    assert all(len(name) <= 80 for name in names)
+    assert name_of("nested", {"width": 0.5, "round_to": 8}) == "nested-w0.5-r8"
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"width": 2.0}, "A width is a share"),
+        ({"width": 0.5, "round_to": 0}, "a multiple of a whole number, at least 1 and at most 1024"),
+        ({"macs": 7.0}, "A budget is a share"),
+    ],
+    ids=str,
+)
+def test_the_way_out_is_that_of_the_option(options: dict[str, Any], hint: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        extraction._step(str(tmp_path), options)
+    assert hint in caught.value.hint
