@@ -42,6 +42,7 @@ def test_a_workload_twice_as_slow_has_ratio_two_exactly() -> None:
     assert (first.median_ms, first.low_ms, first.high_ms, first.runs) == (250.0, 250.0, 250.0, 9)
 
 
+@pytest.mark.slow
 def test_the_interval_of_identical_workloads_covers_one_nineteen_times_in_twenty() -> None:
     covered = 0
     for seed in range(60):

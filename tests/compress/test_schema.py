@@ -123,6 +123,7 @@ def test_what_is_done_to_a_recipe_is_judged_the_same(path: Path, monkeypatch: py
     assert judged_alike(values(path), (GONE, {"@": 1}), samples=False) > 20
 
 
+@pytest.mark.slow
 def test_every_value_at_every_key_is_judged_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes that together name every key, each with every kind of value that it may have, and with wrong ones."""
     monkeypatch.setattr("compress.contradictions.contradictions", lambda *_: [])

@@ -214,7 +214,9 @@ class Interrupted(Exception):
     """Stands for whatever ends a run."""
 
 
-@pytest.mark.parametrize("where", ["pass 2 quantize", "worth of pass 2 quantize", "write onnx"])
+@pytest.mark.parametrize(
+    "where", ["pass 2 quantize", "worth of pass 2 quantize", pytest.param("write onnx", marks=pytest.mark.slow)]
+)
 def test_a_decision_that_was_made_is_not_made_again(
     where: str, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

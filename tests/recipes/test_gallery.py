@@ -38,6 +38,17 @@ MAY_CHANGE = (
     "passes.*.mixed.size_ratio",  # of a small random model most bytes are in its tables
 )
 
+SLOW = {
+    "what-pays",
+    "int8-vision",
+    "int8-weights-only",
+    "nvidia-text-encoder",
+    "image-features",
+    "modernbert-skip",
+    "portable-onnx",
+}
+"""Recipes whose passes and files other recipes have too."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -165,7 +176,9 @@ def changed(before: Any, after: Any) -> set[str]:
     return {path for path in first.keys() | second.keys() if first.get(path) != second.get(path)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case.recipe in SLOW else case for case in CASES], ids=str
+)
 def test_it_runs_on_a_small_model_of_its_family(case: Case, rows: Path, tmp_path: Path) -> None:
     path = place(case, rows, tmp_path)
     if case.after:

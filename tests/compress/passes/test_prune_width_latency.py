@@ -229,6 +229,7 @@ def test_a_plan_says_what_it_assumes() -> None:
     assert least.bytes_after < plan.bytes_before
 
 
+@pytest.mark.slow
 def test_a_run_measures_files_and_says_that_it_did(tmp_path: Path) -> None:
     """The real runtime, whose times decide nothing here but that the run goes through and leaves nothing behind."""
     pytest.importorskip("onnxruntime")
