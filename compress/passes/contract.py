@@ -115,6 +115,14 @@ class Pass(BaseModel, ABC):
 
     _base: Path = PrivateAttr(Path())
 
+    @property
+    def chosen(self) -> set[str]:
+        """Options that were written and are not at their defaults."""
+        fields = type(self).model_fields
+        return {
+            name for name in self.model_fields_set if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        }
+
     @abstractmethod
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
         """The places this pass would touch; no data is read, nothing changes.

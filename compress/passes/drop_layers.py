@@ -131,11 +131,11 @@ class DropLayers(Pass):
         if self.count is not None and self.ratio is not None:
             raise ValueError("count and ratio both say how many\nKeep one of them.")
         for option in ("sublayers", "method", "score", "rows"):
-            if numbered and option in self.model_fields_set:
+            if numbered and option in self.chosen:
                 raise ValueError(
                     f"{option} goes with count or ratio, and numbers say what goes\nTake {option} out, or the numbers."
                 )
-        if self.score != "output" and "rows" in self.model_fields_set and not self.accuracy_driven:
+        if self.score != "output" and "rows" in self.chosen and not self.accuracy_driven:
             raise ValueError("rows goes with score: output\nAdd score: output, or take rows out.")
         if self.method == "consecutive" and self.sublayers != "block":
             raise ValueError("consecutive takes neighbouring blocks\nWrite sublayers: block, or another method.")

@@ -61,7 +61,7 @@ class FuseLayers(Pass):
         given = [name for name in ("blocks", "count", "ratio") if getattr(self, name) not in (None, [])]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each say what goes\nKeep one of them.")
-        if self.score == "random" and "candidates" in self.model_fields_set:
+        if self.score == "random" and "candidates" in self.chosen:
             raise ValueError("candidates goes with score: influence\nTake candidates out, or score: random.")
         if len(set(self.blocks)) != len(self.blocks):
             raise ValueError(f"blocks names {next(n for n in self.blocks if self.blocks.count(n) > 1)} twice\nName each once.")

@@ -46,7 +46,7 @@ class NestWidths(Pass):
 
     @model_validator(mode="after")
     def _whole(self) -> NestWidths:
-        if self.score != "trajectory" and "rows" in self.model_fields_set:
+        if self.score != "trajectory" and "rows" in self.chosen:
             raise ValueError(f"rows goes with score: trajectory\nTake rows out, or score: {self.score}.")
         return self
 

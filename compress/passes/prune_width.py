@@ -94,7 +94,7 @@ class PruneWidth(Pass):
             raise ValueError("name one of macs, size_ratio, latency_ratio and stay\nFor example macs: 0.7")
         if not (self.heads or self.neurons):
             raise ValueError("heads and neurons are both false: nothing may go\nLeave one of them true.")
-        if self.score != "trajectory" and "rows" in self.model_fields_set:
+        if self.score != "trajectory" and "rows" in self.chosen:
             raise ValueError(f"rows goes with score: trajectory\nTake rows out, or score: {self.score}.")
         if self.distill and not self.repair:
             raise ValueError("distill does not go with repair: false\nTake one of them out.")

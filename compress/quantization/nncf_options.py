@@ -23,7 +23,7 @@ _OURS = (
 def nncf_refusal(step: Quantize) -> str | None:
     """What is wrong with the options of a step and, on a second line, the way out; None where all is well."""
     fields = type(step).model_fields
-    given = {name for name in step.model_fields_set if getattr(step, name) != fields[name].get_default(call_default_factory=True)}
+    given = step.chosen
     if step.engine == "own":
         theirs = sorted({"alpha", "scale_estimation"} & given)
         return f"{theirs[0]} is an option of engine: nncf\nAdd engine: nncf, or leave it out." if theirs else None
