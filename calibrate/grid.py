@@ -18,9 +18,10 @@ Granularity = Literal["tensor", "channel", "group"]
 class Grid:
     """Uniform grid of ``2**bits`` signed codes: ``value = (code - zero_point) * scale``.
 
-    Codes lie in ``[-2**(bits-1), 2**(bits-1) - 1]``. A symmetric grid has no zero point (it is 0). Weights of any rank are
-    seen as a matrix [O, I]; ``scale`` and ``zero_point`` are [O, G] (``channel``: G = 1; ``group``: G = I / group_size) or
-    [1, 1] (``tensor``).
+    Codes lie in ``[-2**(bits-1), 2**(bits-1) - 1]``; in a ``reduced`` grid of 8 bits in ``[-64, 63]``, so that the sum of two
+    products with unsigned bytes fits 16 bits (x86 processors without VNNI add pairs so, and saturate). A symmetric grid has
+    no zero point (it is 0). Weights of any rank are seen as a matrix [O, I]; ``scale`` and ``zero_point`` are [O, G]
+    (``channel``: G = 1; ``group``: G = I / group_size) or [1, 1] (``tensor``).
 
     Bound: a value inside the range that the scale was made for is returned with an error of at most ``scale / 2``; with an
     integer zero point in range, zero is returned exactly (Jacob et al. 2018, arXiv 1712.05877, sec. 2.1).
@@ -30,14 +31,15 @@ class Grid:
     symmetric: bool = True
     granularity: Granularity = "channel"
     group_size: int | None = None
+    reduced: bool = False
 
     @property
     def low(self) -> int:
-        return -(1 << (self.bits - 1))
+        return -self.high - 1
 
     @property
     def high(self) -> int:
-        return (1 << (self.bits - 1)) - 1
+        return (1 << (self.bits - 1 - (self.reduced and self.bits == 8))) - 1
 
     def blocks(self, values: Tensor) -> Tensor:
         """Weights of any rank as [O, G, I/G], one scale for each of the first two dimensions ([1, 1, all] for ``tensor``).

@@ -11,6 +11,7 @@ from compress.report import Report, Row, StepRecord
 from compress.saved import signature_json
 from compress.steps import stands
 from compress.verdict import verdict, with_float_times
+from export.saturation import saturation_warning
 
 if TYPE_CHECKING:
     from compress.checkpoints import Subject
@@ -34,6 +35,7 @@ def summary(
     limits = verdict(rows, run.recipe.accept) if run.judge else []
     met = all(limit.met for limit in limits)
     number = stands(steps)
+    saturated = saturation_warning(subject.model, [row.runtime for row in rows if row.validated == "runtime"])
     unmeasured = ["measure: each_pass measured nothing, because evaluation was switched off"]
     return Report(
         name=run.recipe.name,
@@ -49,6 +51,7 @@ def summary(
             *run.data.warnings,
             *run.journal.warnings,
             *(f"{step.name}: {says}" for step in steps if not step.undone for says in step.report.get("warnings", ())),
+            *([saturated] if saturated else ()),
             *(unmeasured if run.recipe.measure.when == "each_pass" and run.each_pass is None else ()),
         ],
         resumed=run.journal.resumed,

@@ -250,6 +250,8 @@ def _lowest(b: Lowering) -> float:
 
 def _additive(b: Lowering, mask: Held, dtype: torch.dtype) -> Held:
     """A mask as finite numbers to add (true: attend); computed once, since equal nodes are made once."""
+    if mask.dtype == torch.bool and mask.const is not None:
+        return Held(mask.shape, dtype, const=torch.where(mask.const, 0.0, _lowest(b)), name=mask.name)
     if mask.dtype == torch.bool:
         return where(b, mask, b.constant(0.0, dtype), b.constant(_lowest(b), dtype), dtype)
     if mask.const is not None:
@@ -302,13 +304,19 @@ def _attention(
         scores = b.op("MatMul", q, b.transpose(k, order), shape=shape, dtype=q.dtype)
         scores = scores if scale == 1 else b.op("Mul", scores, b.constant(scale, q.dtype), shape=shape, dtype=q.dtype)
     for term in (_causal(b, q, k, q.dtype) if is_causal else None, None if mask is None else _additive(b, mask, q.dtype)):
-        if term is not None:
+        if term is not None and not _is_nothing(term, scores):
             scores = b.op("Add", scores, term, shape=broadcast(scores.shape, term.shape), dtype=q.dtype)
     weights = b.op("Softmax", scores, shape=scores.shape, dtype=q.dtype, axis=scores.rank - 1)
     shape = (*broadcast(scores.shape[:-2], v.shape[:-2]), q.shape[-2], v.shape[-1])
     made = b.op("MatMul", weights, v, shape=shape, dtype=q.dtype)
     seen = None if mask is None else _attends(b, mask, q.dtype)
     return made if seen is None else b.op("Mul", made, seen, shape=shape, dtype=q.dtype)
+
+
+def _is_nothing(term: Held, scores: Held) -> bool:
+    """Whether adding it changes nothing: a constant mask that hides no key."""
+    plain = term.const is not None and broadcast(scores.shape, term.shape) == scores.shape
+    return plain and term.const is not None and not bool(term.const.any())
 
 
 def _repeated_heads(b: Lowering, x: Held, heads: int) -> Held:

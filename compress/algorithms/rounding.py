@@ -42,9 +42,11 @@ def multiples(scale: Tensor, grid: Grid) -> Tensor:
 
     With them a weight of few bits in groups has an int8 weight with one scale for each output that equals it exactly, so
     that integer kernels run it (the two levels of Lin et al. 2024, arXiv 2405.04532, sec. 3.2.1). Steps are float16 numbers.
-    The largest scale of an output moves by at most 2**-10 of itself, the others by half a step.
+    The largest scale of an output moves by at most 2**-10 of itself, the others by half a step. The int8 weight of a reduced
+    grid lies in ``[-64, 64]``.
     """
-    most = 128 >> (grid.bits - 1) if grid.symmetric else 127 // (2**grid.bits - 1)
+    widest = 64 if grid.reduced else 128
+    most = widest >> (grid.bits - 1) if grid.symmetric else (widest - 1) // (2**grid.bits - 1)
     step = storable(Grid(8), torch.zeros_like(scale), scale.amax(1, keepdim=True) * (127 / most))[0]
     return (scale / step).round().clamp(1, most) * step
 

@@ -86,6 +86,11 @@ class Quantize(Pass):
         description="minmax covers every weight; mse searches the clipping of each channel or group. Default: minmax "
         "for 8 bits, mse below.",
     )
+    reduce_range: bool = Field(
+        False,
+        description="Weights that meet 8-bit inputs have codes of 7 bits, -64 to 63: the integer kernels of x86 processors "
+        "without VNNI saturate on larger ones. A run says where its own processor does.",
+    )
     activations: Literal["static", "dynamic", "none"] = Field(
         "static",
         description="static: one scale from calibration rows; dynamic: made from each tensor when the model runs; "
@@ -185,6 +190,8 @@ class Quantize(Pass):
             raise ValueError(f"group_size has no meaning with granularity {self.granularity}")
         if self.group_scales == "multiples" and self.weights == 8 and not self.several:
             raise ValueError("group_scales: multiples is for weights of 4 or 2 bits in groups")
+        if self.reduce_range and self.activations == "none":
+            raise ValueError("reduce_range says nothing where inputs are not rounded\nLeave it out.")
         if self.mixed is not None and not self.mixed.budgets and self.max_drop is None:
             raise ValueError("mixed has no budget\nAdd size_ratio, size_mb or loss_db to it, or max_drop beside it.")
         if self.mixed is not None and self.mixed.budgets and self.max_drop is not None:

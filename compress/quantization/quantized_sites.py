@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -77,7 +77,9 @@ def site_job(step: Quantize, model: nn.Module, site: Site, options: SiteOptions,
     """
     assert options.weights != "float"
     rounds_input = site.kind != "embedding" and table is None and "none" not in (step.activations, options.activations)
-    return Job(site, _grid(step, model, table or site, options.weights), rounds_input, table)
+    grid = _grid(step, model, table or site, options.weights)
+    reduced = step.reduce_range and rounds_input and (grid.bits == 8 or step.group_scales == "multiples")
+    return Job(site, replace(grid, reduced=reduced), rounds_input, table)
 
 
 def site_layer(step: Quantize, model: nn.Module, job: Job, channels: int | None = None) -> QuantizedLayer:

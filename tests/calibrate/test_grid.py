@@ -17,7 +17,7 @@ GRIDS = [
     for bits in (8, 4, 2)
     for symmetric in (True, False)
     for granularity in ("tensor", "channel", "group")
-]
+] + [Grid(8, symmetric, "channel", None, True) for symmetric in (True, False)]
 
 
 def fitted(grid: Grid, values: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from export.onnx_file import contents, read, write
 from export.onnx_runner import OnnxRunner, executed_ops
+from export.saturation import saturates
 from export.to_onnx import OnnxExporter, lower, open_openvino
 
 
@@ -87,10 +88,13 @@ def quantized(
     symmetric: bool = True,
     tensor: bool = False,
     stepped: bool = False,
+    reduced: bool | None = None,
 ) -> tuple[nn.Module, Signature, Batch]:
-    """The model with every linear layer, convolution and table as codes, ranges from its own example."""
+    """The model with every linear layer, convolution and table as codes, ranges from its own example. Codes have 7 bits where
+    this processor's integer kernels need that to be exact, unless ``reduced`` says otherwise."""
     model, signature, batch = made(kind)
-    grid = Grid(bits, symmetric, "group" if group else "tensor" if tensor else "channel", group)
+    reduced = saturates("onnxruntime") if reduced is None else reduced
+    grid = Grid(bits, symmetric, "group" if group else "tensor" if tensor else "channel", group, reduced)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding))}
     hooks = [
@@ -103,7 +107,7 @@ def quantized(
         hook.remove()
     for path, layer in layers.items():
         weight = layer.weight.detach()
-        layer_grid = grid if not group or weight[0].numel() % group == 0 else Grid(bits, symmetric, "channel")
+        layer_grid = grid if not group or weight[0].numel() % group == 0 else Grid(bits, symmetric, "channel", None, reduced)
         blocks = layer_grid.blocks(weight)
         scale, shift = layer_grid.parameters(blocks.amin(-1), blocks.amax(-1))
         if stepped and layer_grid.group_size:

@@ -252,6 +252,21 @@ def test_fully_masked_queries_give_zero_as_in_torch(tmp_path: Path) -> None:
     assert sqnr(reference, found) >= 100
 
 
+@pytest.mark.parametrize("hidden", [0, 2])
+def test_a_mask_that_hides_nothing_is_left_out(hidden: int, tmp_path: Path) -> None:
+    """Vision transformers hand their attention a mask of ones; one that hides keys stays, and hides them."""
+    import onnx
+
+    def function(x: Tensor, m: Function) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=(torch.arange(5) >= hidden).expand(2, 5, 5))
+
+    reference, found = through(function, rows(2, 5, 8), tmp_path)
+    assert sqnr(reference, found) >= 100
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert kinds.count("Add") == (1 if hidden else 0)
+    assert "Where" not in kinds
+
+
 def test_unknown_operation_is_named_with_its_module(tmp_path: Path) -> None:
     class Inner(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -312,6 +312,29 @@ def test_group_scales_that_are_multiples_cost_little() -> None:
         Quantize(group_scales="multiples")
 
 
+@pytest.mark.parametrize("options", [{}, {"rounding": "gptq"}])
+def test_a_reduced_range_keeps_pairs_of_products_in_16_bits(options: dict[str, Any]) -> None:
+    """255 * 64 * 2 < 2**15: nothing that the kernels add in 16 bits can saturate. It costs at most the bit that it takes."""
+    full, reduced = on_digits(**options), on_digits(**options, reduce_range=True)
+    widest = [
+        max(int(m.quantized_weight.integers().int().abs().max()) for m in trial.after.modules() if isinstance(m, QuantLinear))
+        for trial in (full, reduced)
+    ]
+    assert widest[1] <= 64 < widest[0]
+    assert reduced.sqnr_db >= full.sqnr_db - 6.1
+    with pytest.raises(ValidationError, match="reduce_range says nothing"):
+        Quantize(activations="none", reduce_range=True)
+
+
+def test_a_reduced_range_reaches_groups_whose_scales_are_multiples() -> None:
+    """Codes of -8 to 7 times at most 8: the largest scale of an output is 8 steps, and the others are whole numbers of them."""
+    trial = on_digits(weights=4, group_size=16, group_scales="multiples", reduce_range=True)
+    layers = [layer for layer in trial.after.modules() if isinstance(layer, QuantLinear)]
+    times = [layer.quantized_weight.scale / layer.quantized_weight.scale.amax(1, keepdim=True) * 8 for layer in layers]
+    assert layers
+    assert all(float((number - number.round()).abs().max()) <= 1e-4 for number in times)
+
+
 def test_a_tied_head_that_is_skipped_stays_float_and_is_told() -> None:
     trial = tried(Quantize(activations="none", embeddings=8, skip=["head"]), *shared())
     assert not isinstance(trial.after.get_submodule("head"), QuantLinear)
