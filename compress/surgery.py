@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
-    from compress.layers import TopKAttention
+    from compress.layers.attached import Attached
 
 __all__ = ["Edit", "Surgery", "parent_of"]
 
@@ -88,9 +88,9 @@ class Surgery:
             setattr(module, name, smaller)
         self.edits.append(Edit("narrow", path, config={"name": name, "axis": axis, "size": len(kept)}))
 
-    def attach(self, model: nn.Module, path: str, layer: TopKAttention) -> list[RemovableHandle]:
+    def attach(self, model: nn.Module, path: str, layer: Attached) -> list[RemovableHandle]:
         """Lets ``layer`` act on the forward of the module at ``path``; returns what takes it off again."""
-        handles = layer.attach(model.get_submodule(path))
+        handles = layer.attach(model, path)
         self.edits.append(Edit("attach", path, type(layer).__name__, layer.config()))
         return handles
 
@@ -104,18 +104,17 @@ class Surgery:
 
         for edit in edits:
             config = edit.config or {}
-            if edit.verb == "replace":
+            if edit.verb in ("replace", "attach"):
                 if edit.layer not in compress.layers.__all__:
                     raise ValueError(f"{edit.path}: unknown layer {edit.layer!r}")
-                self.replace(model, edit.path, getattr(compress.layers, edit.layer).from_config(config))
+                put = self.replace if edit.verb == "replace" else self.attach
+                put(model, edit.path, getattr(compress.layers, edit.layer).from_config(config))
             elif edit.verb == "keep":
                 self.keep(model, edit.path, config["indices"])
             elif edit.verb == "share":
                 self.share(model, edit.path, config["with"])
             elif edit.verb == "narrow":
                 self.narrow(model, edit.path, config["name"], config["axis"], list(range(config["size"])))
-            elif edit.verb == "attach":
-                self.attach(model, edit.path, compress.layers.TopKAttention.from_config(config))
             elif edit.verb == "set":
                 self.set(model, edit.path, config["name"], config["value"])
             else:

@@ -3,6 +3,7 @@
 from compress.layers.absent import Absent
 from compress.layers.attention import SplitAttention, split_attention
 from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
+from compress.layers.hash_attention import HashedAttention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
 from compress.layers.topk_attention import TopKAttention
 
@@ -13,6 +14,7 @@ __all__ = [
     "CastEmbedding",
     "CastLinear",
     "Codes",
+    "HashedAttention",
     "QuantConv2d",
     "QuantEmbedding",
     "QuantLinear",

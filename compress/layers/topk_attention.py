@@ -38,14 +38,9 @@ class TopKAttention:
     def from_config(cls, config: dict[str, Any]) -> TopKAttention:
         return cls(**config)
 
-    @classmethod
-    def of(cls, module: nn.Module) -> TopKAttention | None:
-        """What is attached to a module."""
-        hooks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-        return next((owner for owner in hooks if isinstance(owner, cls)), None)
-
-    def attach(self, module: nn.Module) -> list[RemovableHandle]:
-        """From now on the module attends so; removing the handles ends it. Copies of the module attend so too."""
+    def attach(self, model: nn.Module, path: str) -> list[RemovableHandle]:
+        """From now on the module at ``path`` attends so; removing the handles ends it. Copies of the module attend so too."""
+        module = model.get_submodule(path)
         return [
             module.register_forward_pre_hook(self._before),
             module.register_forward_hook(self._after, always_call=True),

@@ -12,6 +12,7 @@ from compress.passes.contract import Context, Pass, Target
 from compress.passes.drop_layers import DropLayers
 from compress.passes.extract_width import ExtractWidth
 from compress.passes.fuse_layers import FuseLayers
+from compress.passes.hash_attention import HashAttention
 from compress.passes.nest_widths import NestWidths
 from compress.passes.prune_width import PruneWidth
 from compress.passes.quantize import Quantize
@@ -19,7 +20,9 @@ from compress.passes.topk_attention import TopkAttention
 
 __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
-PASSES: tuple[type[Pass], ...] = (Quantize, Cast, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, FuseLayers)
+PASSES: tuple[type[Pass], ...] = (
+    Quantize, Cast, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, HashAttention, FuseLayers,
+)  # fmt: skip
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 
 

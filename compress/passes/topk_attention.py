@@ -15,6 +15,7 @@ from calibrate.modes import evaluating
 from compress.anatomy import Anatomy, Block
 from compress.depth.greedy import Change, Greedy
 from compress.layers import TopKAttention
+from compress.layers.attached import attached_to
 from compress.layers.topk_attention import attentions
 from compress.passes.contract import Context, Pass, Target
 from compress.surgery import Surgery
@@ -159,7 +160,7 @@ def _attentions(model: nn.Module, anatomy: Anatomy) -> tuple[dict[str, str], dic
 
 
 def _reason(model: nn.Module, block: Block, calls: list[list[int]]) -> str:
-    hard = TopKAttention.of(model.get_submodule(block.path))
+    hard = attached_to(model.get_submodule(block.path), TopKAttention)
     if hard is not None:
         return f"its {hard.k} largest scores count already"
     if not any("attention.value" in site.roles for site in block.sites):

@@ -15,6 +15,7 @@ from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from calibrate.signature import Signature, TensorSpec
 from compress.layers import TopKAttention
+from compress.layers.attached import attached_to
 from compress.passes.drop_layers import DropLayers
 from compress.passes.prune_width import PruneWidth
 from compress.passes.quantize import Quantize
@@ -59,7 +60,7 @@ def expected(query: Tensor, key: Tensor, value: Tensor, k: int, mask: Tensor | N
 
 
 def hard(module: nn.Module, k: int) -> nn.Module:
-    TopKAttention(k).attach(module)
+    TopKAttention(k).attach(module, "")
     return module
 
 
@@ -132,7 +133,7 @@ def test_it_goes_with_the_other_passes() -> None:
     assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
     assert tried(Quantize(), trial.after, signature, rows).sqnr_db > 20
     dropped = tried(DropLayers(attention=[1]), trial.after, signature, rows)
-    assert TopKAttention.of(dropped.after.get_submodule("blocks.3")) is not None
+    assert attached_to(dropped.after.get_submodule("blocks.3"), TopKAttention) is not None
     narrow = tried(PruneWidth(macs=0.8, repair=False), trial.after, signature, rows)
     assert narrow.sqnr_db > 0
 
