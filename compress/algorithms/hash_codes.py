@@ -96,7 +96,7 @@ class HashCodes:
 
 def sign(x: Tensor) -> Tensor:
     """1 where x is at least 0, else -1."""
-    return torch.where(x >= 0, 1.0, -1.0)
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
 def through(x: Tensor) -> Tensor:

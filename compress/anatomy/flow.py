@@ -372,14 +372,15 @@ class Flow:
         return sorted(reached)
 
     def backward_projections(self, start: int, ends: set[int]) -> list[int]:
-        """The nearest projections before ``start``; ``ends`` and products of values are not crossed.
+        """The nearest projections before ``start``; ``ends`` and products of two computed values are not crossed.
 
         A grouped convolution is looked through where another projection lies right before it: it is a filter after a
         projection (MViT, PVTv2), not the projection itself.
         """
 
         def stop(index: int) -> bool:
-            return index in ends or index in self.products or index in self.projections
+            product = index in self.products and all(self.steps[factor].live for factor in self.operands(index))
+            return index in ends or product or index in self.projections
 
         reached = [index for index in self.backward(start, stop) if index in self.projections and index not in ends]
         found: set[int] = set()
