@@ -5,8 +5,8 @@
     python tests/benchmarks/hash_attention.py --quality --model sst2
 
 ``--quality`` needs ``../shared`` (the models and their data): 256 calibration rows, accuracy on all rows of dev in torch, and
-what it lost against float with the paired 95 % interval. ``--speed`` times the attention alone, without the projections around it: 3
-heads of 64, 16 bits, 25 anchors; times mean something on a machine that does nothing else.
+what it lost against float with the paired 95 % interval. ``--speed`` times the attention alone, without the projections around
+it: 3 heads of 64, 16 bits, 25 anchors; times mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations
