@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calibrate.bits import integers
 from calibrate.grid import unpack
 
-__all__ = ["dequantize", "embedding", "quantize_dequantize", "quantize_dequantize_dynamic"]
+__all__ = ["binary", "dequantize", "embedding", "quantize_dequantize", "quantize_dequantize_dynamic"]
 
 
 def _dense(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -39,6 +40,24 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
 
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, shape: list[int]) -> Tensor:
+    return scale.new_empty(shape)
+
+
+@torch.library.custom_op("compress::binary", mutates_args=())
+def binary(codes: Tensor, multiples: Tensor | None, shift: Tensor | None, scale: Tensor, shape: list[int]) -> Tensor:
+    """Weights of the given ``shape`` from planes of bits (``calibrate.bits``): ``(shift + sum_k multiples_k b_k) * scale``.
+
+    Args:
+        codes: uint8, K planes.
+        multiples: int8 [O, G, K], or None for one plane as it is; shift: int8 [O, G] or None.
+        scale: [O, 1], floating point; its dtype is that of the result.
+    """
+    whole = integers(codes, multiples, shift, shape).reshape(shape[0], -1).to(scale.dtype)
+    return (whole * scale).reshape(shape)
+
+
+@binary.register_fake
+def _(codes: Tensor, multiples: Tensor | None, shift: Tensor | None, scale: Tensor, shape: list[int]) -> Tensor:
     return scale.new_empty(shape)
 
 

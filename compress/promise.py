@@ -31,13 +31,13 @@ class Promise:
     @classmethod
     def of(cls, source: Traceable) -> Promise:
         """Reads it from the model and its traced graph."""
-        from compress.layers import ActivationGrid, Codes
+        from compress.layers import ActivationGrid, BinaryCodes, Codes
 
         reached = source.reached()
         codes = {
             path.removesuffix(".quantized_weight"): module.integers().numpy()
             for path, module in source.model.named_modules(remove_duplicate=False)
-            if isinstance(module, Codes) and f"{path}.codes" in reached
+            if isinstance(module, Codes | BinaryCodes) and f"{path}.codes" in reached
         }
         grids = (module for module in source.model.modules() if isinstance(module, ActivationGrid))
         return cls(codes, any(grid.kind == "dynamic" for grid in grids))

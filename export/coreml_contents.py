@@ -39,7 +39,7 @@ def read_contents(path: Path) -> Contents:
         if name not in ops:
             raise UserError(str(path), f"the weight {name} of {', '.join(sites)} is not in the program", "Write it again.")
         for site in sites:
-            codes[site] = codes_of(ops[name], constants)
+            codes[site] = codes_of(ops[name], constants, ops)
     return Contents(_bytes_by_dtype(package), codes, tuple(_float_layers(package, constants)))
 
 
@@ -49,8 +49,11 @@ def _constant(op: Op) -> Stored:
     return stored
 
 
-def codes_of(op: Op, constants: Mapping[str, Stored]) -> np.ndarray[Any, Any]:
-    """Signed codes (int8) in the weight's shape of the operation that makes a dense weight."""
+def codes_of(op: Op, constants: Mapping[str, Stored], ops: Mapping[str, Op]) -> np.ndarray[Any, Any]:
+    """Signed codes (int8) in the weight's shape of the operation that makes a dense weight.
+
+    Where its table is made of whole numbers and a scale, the code is the whole number that the index stands for.
+    """
 
     def argument(of: Op, name: str) -> Any:
         given = of.inputs[name][0]
@@ -63,6 +66,10 @@ def codes_of(op: Op, constants: Mapping[str, Stored]) -> np.ndarray[Any, Any]:
         return np.array(argument(op, "quantized_data").value, np.int8)
     if op.kind == "constexpr_lut_to_dense":
         indices, lut = argument(op, "indices"), argument(op, "lut")
+        if isinstance(lut, str):
+            return _looked_up(indices.value, np.array(argument(ops[lut], "data").value, np.int8))
+        if BITS.get(indices.type.dtype) == 1:
+            return np.asarray(indices.value.astype(np.int8) * 2 - 1, np.int8)
         levels = int(lut.size) if "shape" in op.inputs else 2 ** BITS.get(indices.type.dtype, 8)
         values = indices.value
         if "shape" in op.inputs:
@@ -70,6 +77,16 @@ def codes_of(op: Op, constants: Mapping[str, Stored]) -> np.ndarray[Any, Any]:
             values = unpack_bits(values.reshape(-1), levels.bit_length() - 1, int(np.prod(sizes))).reshape(sizes)
         return np.asarray(values.astype(np.int16) - levels // 2, np.int8)
     raise UserError(op.name, f"{op.kind} holds no codes", "Write the package again.")
+
+
+def _looked_up(indices: np.ndarray[Any, Any], tables: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Entries of tables [blocks ..., levels, 1] by indices, each block of them with its own table."""
+    places = []
+    for axis, (size, blocks) in enumerate(zip(indices.shape, tables.shape[:-2], strict=True)):
+        sizes = [1] * indices.ndim
+        sizes[axis] = size
+        places.append((np.arange(size) // (size // blocks)).reshape(sizes))
+    return np.asarray(tables[..., 0][(*places, indices.astype(np.int64))], np.int8)
 
 
 def _all_stored(package: Package) -> Iterator[Stored]:

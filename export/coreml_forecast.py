@@ -27,14 +27,14 @@ _TEXT = {"slice": 890, "quantize": 625, "weight": 310, "layer": 825, "other": 15
 _KINDS = {
     **dict.fromkeys(("slice", "select", "split_with_sizes"), "slice"),
     "quantize_dequantize": "quantize",
-    **dict.fromkeys(("dequantize", "embedding"), "weight"),
+    **dict.fromkeys(("binary", "dequantize", "embedding"), "weight"),
     **dict.fromkeys(("linear", "conv2d", "convolution", "layer_norm", "addmm"), "layer"),
     **dict.fromkeys(
         ("expand", "clone", "_assert_tensor_metadata", "alias", "_to_copy", "arange", "detach", "full", "unsqueeze"), ""
     ),
     "scaled_dot_product_attention": "",
 }
-_CARRIED = ("compress.dequantize", "compress.embedding")
+_CARRIED = ("compress.binary", "compress.dequantize", "compress.embedding")
 
 
 def package_bytes(program: ExportedProgram, half: bool) -> int:

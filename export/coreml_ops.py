@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from calibrate.bits import unpack_signs
 from calibrate.errors import UserError
 from calibrate.grid import unpack
-from export.coreml_weights import Target, Weight
+from export.coreml_weights import BinaryWeight, Target, Weight
 
 __all__ = ["Carrier", "conversion", "decomposed", "finite"]
 
@@ -121,6 +122,7 @@ class Carrier:
 
     def converters(self) -> dict[str, Callable[[Any, Any], None]]:
         return {
+            "binary": self.binary,
             "dequantize": self.dequantize,
             "embedding": self.embedding,
             "quantize_dequantize": self.quantize_dequantize,
@@ -137,12 +139,25 @@ class Carrier:
             None if shift is None else np.array(shift.val, np.int8),
             width,
         )
+        return self._emit(weight, node.inputs[first])
+
+    def binary(self, context: Any, node: Any) -> None:
+        """A weight from planes of bits: the arguments are codes, multiples, shift, scale and shape."""
+        inputs = _inputs(context, node)
+        sizes = [int(size) for size in np.atleast_1d(inputs[4].val)]
+        planes = unpack_signs(torch.from_numpy(np.array(inputs[0].val)).reshape(-1), sizes).numpy()
+        multiples, shift = (None if given is None else np.array(given.val, np.int8) for given in inputs[1:3])
+        weight = BinaryWeight(planes, multiples, shift, np.array(inputs[3].val, np.float32))
+        context.add(self._emit(weight, node.inputs[0]), node.name)
+
+    def _emit(self, weight: Weight | BinaryWeight, codes: Any) -> Any:
+        """The operation of a weight, one for equal weights; ``codes`` is the name of the buffer in the traced graph."""
         key = weight.key()
         if key not in self.emitted:
             name = f"codes_{len(self.emitted)}"
             self.emitted[key], self.names[name] = weight.emit(self.target, name), []
             self.named[key] = name
-        source = self.buffers[str(node.inputs[first])]
+        source = self.buffers[str(codes)]
         if source not in self.names[self.named[key]]:
             self.names[self.named[key]].append(source)
         return self.emitted[key]

@@ -5,8 +5,9 @@
 | 8 bits | int8, ``constexpr_blockwise_shift_scale`` | int8, ``constexpr_affine_dequantize``: per tensor, per channel |
 | 4 bits | int4, ``constexpr_blockwise_shift_scale`` | packed indices, ``constexpr_lut_to_dense``: per tensor |
 | 2 bits | uint2 indices, ``constexpr_lut_to_dense`` (per group its table is int8 and scaled) | as 4 bits |
+| 1 to 3 bases | uint1, uint2, uint3 indices, ``constexpr_lut_to_dense`` (but for +-1 its table is int8 and scaled) | none |
 
-An index of a table is ``code + 2**(bits-1)``.
+An index of a table is ``code + 2**(bits-1)``; of planes of bits, bit k of it is that of plane k.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Target", "Weight", "block_counts", "refusal"]
+__all__ = ["BinaryWeight", "Target", "Weight", "binary_refusal", "block_counts", "refusal"]
 
 Target = Literal["iOS16", "iOS17", "iOS18"]
 Array = np.ndarray[Any, Any]
@@ -120,6 +121,64 @@ class Weight:
         return (self.codes + np.int8(2)).astype(types.nptype_from_builtin(types.uint2))
 
 
+@dataclass(frozen=True)
+class BinaryWeight:
+    """Planes of signs (int8) [K, ...] in the weight's shape; whole numbers (int8) [O, G, K] and [O, G], or None; scale [O, 1]."""
+
+    planes: Array
+    multiples: Array | None
+    shift: Array | None
+    scale: Array
+
+    def key(self) -> str:
+        """Equal for equal weights only."""
+        parts = (self.planes, self.multiples, self.shift, self.scale)
+        content = hashlib.sha256(repr([None if part is None else part.shape for part in parts]).encode())
+        for part in parts:
+            content.update(b"" if part is None else np.ascontiguousarray(part).data)
+        return content.hexdigest()
+
+    def emit(self, target: Target, name: str) -> Any:
+        """The MIL variable of the dense weight; its operation is called ``name``.
+
+        Raises:
+            ValueError: the target has no form for it (``binary_refusal`` tells before).
+        """
+        from coremltools.converters.mil.mil import Builder as mb
+        from coremltools.converters.mil.mil import types
+
+        bases, shape = len(self.planes), self.planes.shape[1:]
+        reason = binary_refusal(target, shape, 1 if self.multiples is None else self.multiples.shape[1])
+        if reason:
+            raise ValueError(reason)
+        bits = ((self.planes > 0) << np.arange(bases).reshape(-1, *[1] * len(shape))).sum(0).astype(np.uint8)
+        indices = bits.astype(types.nptype_from_builtin((types.uint1, types.uint2, types.uint3)[bases - 1]))
+        if self.multiples is None:
+            levels = np.stack([-self.scale, self.scale], -1).astype(np.float32)
+            lut: Any = levels.reshape(len(self.scale), *[1] * (len(shape) - 1), 2, 1)
+        else:
+            lut = self._table(shape, f"{name}_table")
+        return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=name)
+
+    def _table(self, shape: tuple[int, ...], name: str) -> Any:
+        """What each index stands for, in whole numbers, and the scales of the rows."""
+        from coremltools.converters.mil.mil import Builder as mb
+
+        assert self.multiples is not None
+        counts = block_counts(shape, self.multiples.shape[:2])
+        assert counts is not None
+        bases = self.multiples.shape[2]
+        signs = 2 * ((np.arange(2**bases)[:, None] >> np.arange(bases)) & 1) - 1
+        levels = self.multiples.astype(np.int16) @ signs.T.astype(np.int16)
+        if self.shift is not None:
+            levels = levels + self.shift[..., None].astype(np.int16)
+        return mb.constexpr_blockwise_shift_scale(
+            data=levels.astype(np.int8).reshape(*counts, 2**bases, 1),
+            scale=self.scale.astype(np.float32).reshape(-1, *[1] * (len(counts) + 1)),
+            name=name,
+        )
+
+
 def _narrow(codes: Array, bits: int) -> Array:
     """int8, or int8 marked as int4 in the way coremltools knows it."""
     if bits == 8:
@@ -161,3 +220,10 @@ def refusal(target: Target, bits: int, shape: tuple[int, ...], scales: tuple[int
     if bits != 8 and scales[0] > 1:
         return f"{target} stores {bits}-bit codes only with one scale per tensor; use target iOS18 or granularity tensor"
     return None
+
+
+def binary_refusal(target: Target, shape: tuple[int, ...], groups: int) -> str | None:
+    """Why the target cannot store planes of bits of this shape with a table for each of so many groups; None where it can."""
+    if target != "iOS18":
+        return f"{target} has one table of values for a whole weight, and one-bit weights have one a row; use target iOS18"
+    return refusal(target, 1, shape, (shape[0], groups))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,14 @@ def _carried(codes: Held, scale: Held, zero_point: Held | None, bits: int, shape
 @lowers("compress::dequantize")
 def _dequantize(b: Lowering, codes: Held, scale: Held, zero_point: Held | None, bits: int, shape: Sequence[int]) -> Held:
     carried = _carried(codes, scale, zero_point, bits, shape)
+    return Held(carried.shape, b.compute, carried=carried)
+
+
+@lowers("compress::binary")
+def _binary(b: Lowering, codes: Held, multiples: Held | None, shift: Held | None, scale: Held, shape: Sequence[int]) -> Held:
+    plain = _carried(codes, scale, None, 1 if multiples is None else multiples.shape[2], shape)
+    whole = [None if held is None else held.const for held in (multiples, shift)]
+    carried = replace(plain, binary=True, multiples=whole[0], shift=whole[1])
     return Held(carried.shape, b.compute, carried=carried)
 
 
@@ -157,6 +166,8 @@ def _offset(packed: Tensor, bits: int) -> Tensor:
 
 def _int8(b: Lowering, carried: Carried, flipped: bool) -> Held:
     """The codes as an int8 value; narrower ones are widened by nodes of constants, which runtimes fold at load."""
+    if carried.binary:
+        return _from_planes(b, carried, flipped)
     stored = _stored(b, carried, flipped)
     shape = carried.matrix[::-1] if flipped else carried.shape
     if carried.bits == 8:
@@ -170,6 +181,40 @@ def _int8(b: Lowering, carried: Carried, flipped: bool) -> Held:
         flat = b.op("Slice", flat, b.ints(0), b.ints(count), shape=(count,), dtype=flat.dtype)
     wide = b.op("Sub", flat, b.constant(2 ** (carried.bits - 1), torch.int32), shape=(count,), dtype=torch.int32)
     return b.reshape(b.cast(wide, torch.int8), shape)
+
+
+def _from_planes(b: Lowering, carried: Carried, flipped: bool) -> Held:
+    """Planes of bits as the int8 values that they stand for. The bytes lie in the file as in the model; only constants are
+    computed with, so that runtimes fold the nodes at load and keep int8 for their kernels."""
+    (outputs, inputs), planes, count = carried.matrix, carried.bits, math.prod(carried.shape)
+    named = b.constant(carried.codes.reshape(planes, -1), name=f"{carried.path}.codes")
+    stored = _once(b, carried, "planes", lambda: b.pinned(named))
+    places = {"initializer": b.of(stored).name, "bits": planes, "shape": list(carried.shape), "order": "OI", "storage": "planes"}
+    bits = b.reshape(_fields(b, stored, 1, stored.shape), (planes, stored.shape[1] * 8))
+    if bits.shape[1] != count:
+        bits = b.op("Slice", bits, b.ints(0), b.ints(count), b.ints(1), shape=(planes, count), dtype=bits.dtype)
+    twice = b.op("Mul", bits, b.constant(2, torch.int32), shape=bits.shape, dtype=torch.int32)
+    whole = b.op("Sub", twice, b.constant(1, torch.int32), shape=bits.shape, dtype=torch.int32)
+    if carried.multiples is not None:
+        groups = carried.multiples.shape[1]
+        shape: tuple[int, ...] = (planes, outputs, groups, inputs // groups)
+        times, places["multiples"] = _whole_numbers(b, carried, "multiples", carried.multiples.permute(2, 0, 1))
+        whole = b.op("Mul", b.reshape(whole, shape), times, shape=shape, dtype=torch.int32)
+        if planes > 1:
+            whole = b.op("ReduceSum", whole, b.ints(0), shape=shape[1:], dtype=torch.int32, keepdims=0)
+        whole, shape = b.reshape(whole, shape[1:]), shape[1:]
+        if carried.shift is not None:
+            more, places["shift"] = _whole_numbers(b, carried, "shift", carried.shift)
+            whole = b.op("Add", whole, more, shape=shape, dtype=torch.int32)
+    b.codes.setdefault(carried.path, places)
+    narrow = b.reshape(b.cast(whole, torch.int8), carried.matrix if flipped else carried.shape)
+    return b.transpose(narrow, [1, 0]) if flipped else narrow
+
+
+def _whole_numbers(b: Lowering, carried: Carried, name: str, values: Tensor) -> tuple[Held, str]:
+    """int8 [...] as int32 [..., 1], and the name of their initializer."""
+    held = b.pinned(b.constant(values.unsqueeze(-1).contiguous(), name=f"{carried.path}.{name}"))
+    return b.cast(held, torch.int32), str(b.of(held).name)
 
 
 def _fields(b: Lowering, packed: Held, bits: int, shape: Sequence[Any]) -> Held:
@@ -192,7 +237,7 @@ def dense(b: Lowering, carried: Carried, flipped: bool = False, folded: bool = F
     blocked = carried.groups > 1
     if folded or (blocked and (b.opset < 21 or len(carried.shape) > 2)):
         return _multiplied(b, carried, flipped)
-    unpacked = carried.bits != 8 and b.codes_storage(carried) == "bits"
+    unpacked = carried.binary or (carried.bits != 8 and b.codes_storage(carried) == "bits")
     codes = _int8(b, carried, flipped) if unpacked else _stored(b, carried, flipped)
     return _scaled(b, carried, codes, codes.shape, flipped)
 
@@ -280,10 +325,12 @@ def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) ->
     integer = x.quantized is not None and (carried.groups == 1 or stepped)
     if integer and b.dialect == "onnxruntime":
         return _integer_product(b, x, carried, bias, shape)
-    if not integer and b.dialect != "tensorrt":
+    if not integer and carried.binary:
+        b.note("One-bit weights with float inputs are made float when the file is loaded, and multiplied so.")
+    elif not integer and b.dialect != "tensorrt":
         b.note("Weights with float activations, or with scales per group, run in ONNX Runtime as MatMulNBits, which rounds "
                "activations to 8 bits per block (accuracy level 4).")  # fmt: skip
-    if b.dialect == "onnxruntime" and not integer and carried.bits < 8 and (block := _block(carried)):
+    if b.dialect == "onnxruntime" and not integer and carried.bits < 8 and not carried.binary and (block := _block(carried)):
         made = _n_bits(b, x, carried, block, shape)
     else:
         made = _dense_product(b, x, carried, shape, integer)
@@ -297,7 +344,7 @@ def _dense_product(b: Lowering, x: Held, carried: Carried, shape: Sequence[Any],
     elif integer and carried.bits < 8 and b.dialect != "tensorrt":
         weight = _scaled(b, carried, _int8(b, carried, True), carried.matrix[::-1], True)
     else:
-        weight = dense(b, carried, flipped=True)
+        weight = dense(b, carried, flipped=True, folded=carried.binary)
     return b.op("MatMul", x, weight, shape=shape, dtype=b.compute)
 
 

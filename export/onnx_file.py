@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from calibrate.bits import integers
 from calibrate.errors import MissingRuntime, UserError
 from calibrate.grid import unpack
 from export.contract import Contents
@@ -25,8 +26,9 @@ CODES = "compress.codes"
 """Key of the model's metadata: site -> where its codes lie. Each entry has
 
 ``initializer`` (name), ``bits``, ``shape`` (of the weight), ``order`` ("OI": as the weight, "IO": transposed), ``storage``
-("int8", "int4", "int2", or "bits": code + 2**(bits-1) in bytes, the first in the lowest bits) and, where several sites share
-an initializer, ``start`` and ``stop`` on its outputs.
+("int8", "int4", "int2", "bits": code + 2**(bits-1) in bytes, the first in the lowest bits, or "planes" of single bits, with
+the initializers ``multiples`` and ``shift``: ``calibrate.bits``) and, where several sites share an initializer, ``start`` and
+``stop`` on its outputs.
 """
 
 LIMIT_BYTES = 2**31 - 2**26
@@ -217,7 +219,7 @@ def contents(path: Path) -> Contents:
     for tensor in held.values():
         sizes[_type_name(tensor.dtype.name)] += tensor.nbytes
     places = json.loads(model.metadata_props.get(CODES, "{}"))
-    codes = {site: _codes(held[place["initializer"]], place) for site, place in places.items() if place["initializer"] in held}
+    codes = {site: _codes(held, place) for site, place in places.items() if place["initializer"] in held}
     return Contents(dict(sorted(sizes.items())), codes, tuple(sorted(set(_float_matrices(model, places)))))
 
 
@@ -225,9 +227,11 @@ def _type_name(name: str) -> str:
     return {"FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())
 
 
-def _codes(tensor: Any, place: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def _codes(held: Mapping[str, Any], place: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """Signed codes in the weight's own shape, from where and how they lie in the file."""
-    shape = tuple(place["shape"])
+    shape, tensor = tuple(place["shape"]), held[place["initializer"]]
+    if place["storage"] == "planes":
+        return _from_planes(held, place)
     outputs, inputs = shape[0], math.prod(shape[1:])
     start, stop = place.get("start", 0), place.get("stop", outputs)
     if place["storage"] == "bits":
@@ -239,6 +243,17 @@ def _codes(tensor: Any, place: Mapping[str, Any]) -> np.ndarray[Any, Any]:
         array = np.array(tensor.numpy()).astype(np.int8)
     matrix = array.reshape(inputs, -1).T if place["order"] == "IO" else array.reshape(-1, inputs)
     return np.ascontiguousarray(matrix[start:stop]).reshape(shape)
+
+
+def _from_planes(held: Mapping[str, Any], place: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """What planes of bits stand for."""
+
+    def read(key: str) -> torch.Tensor | None:
+        return torch.from_numpy(np.array(held[place[key]].numpy()).squeeze(-1)) if key in place else None
+
+    planes, multiples = torch.from_numpy(np.array(held[place["initializer"]].numpy()).reshape(-1)), read("multiples")
+    times = None if multiples is None else multiples.permute(1, 2, 0)
+    return integers(planes, times, read("shift"), place["shape"]).numpy()
 
 
 def _float_matrices(model: ir.Model, places: Mapping[str, Any]) -> Iterator[str]:

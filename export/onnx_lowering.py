@@ -166,7 +166,7 @@ class Lowering:
         """An initializer of an element type that torch does not have (INT4), or one whose bytes are made while writing."""
         name = self.unique(name)
         kind, sizes = getattr(self.ir.DataType, onnx_type), self.ir.Shape(shape)
-        form: Any = self.ir.Tensor if onnx_type == "UINT8" else self.ir.PackedTensor
+        form: Any = self.ir.Tensor if onnx_type.endswith("INT8") else self.ir.PackedTensor
 
         def made() -> Any:
             return form(array(), dtype=kind, shape=sizes, name=name)

@@ -20,7 +20,10 @@ Dim = Any
 
 @dataclass(frozen=True)
 class Carried:
-    """A weight that is stored as integer codes; ``path`` is the site (module path in the user's model)."""
+    """A weight that is stored as integer codes; ``path`` is the site (module path in the user's model).
+
+    ``binary``: the codes are planes of bits, ``bits`` of them, with whole numbers [O, G, K] and [O, G] (``calibrate.bits``).
+    """
 
     path: str
     codes: Tensor
@@ -28,6 +31,9 @@ class Carried:
     zero_point: Tensor | None
     bits: int
     shape: tuple[int, ...]
+    binary: bool = False
+    multiples: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def groups(self) -> int:

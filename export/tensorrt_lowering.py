@@ -7,6 +7,7 @@ does to the weight is done to the dequantized values; the builder moves it back 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibrate.bits import integers
 from calibrate.grid import pack, unpack
 from export.graph import Traceable
 from export.onnx_lowering import LOWERINGS, Lowering
@@ -36,6 +38,7 @@ def explicit() -> Iterator[None]:
 
     own: dict[str, Callable[..., Any]] = {
         "compress.dequantize.default": _dequantize,
+        "compress.binary.default": _binary,
         "compress.embedding.default": _embedding,
     }
     kept = {name: LOWERINGS[name] for name in own}
@@ -54,6 +57,32 @@ def _dequantize(b: Lowering, codes: Held, scale: Held, zero_point: Held | None, 
     if zero_point is not None:
         raise b.refuse("TensorRT takes symmetric weights only", "Use symmetric: true for the weights.")
     stored = _stored(b, path, codes.const, bits, tuple(shape))
+    return _scaled(b, path, stored, scale, shape)
+
+
+def _binary(b: Lowering, codes: Held, multiples: Held | None, shift: Held | None, scale: Held, shape: Sequence[int]) -> Held:
+    """What the bits stand for, as INT4, which is the narrowest that there is; as INT8 where they reach beyond it."""
+    assert codes.const is not None
+    path = codes.name.removesuffix(".codes").removesuffix(".quantized_weight")
+    planes, times, more = (None if held is None else held.const for held in (codes, multiples, shift))
+    narrow = more is None and (times is None or times.shape[1] == 1) and math.prod(shape) % 2 == 0
+
+    def made() -> np.ndarray[Any, Any]:
+        assert planes is not None
+        whole = integers(planes, times, more, shape)
+        return (pack(whole, 4) if narrow else whole).numpy()
+
+    kind, key = "INT4" if narrow else "INT8", (codes.const.data_ptr(), "binary")
+    if key not in b.shared:
+        b.shared[key] = b.packed(made, kind, tuple(shape), f"{path}.codes")
+    entry = {"initializer": b.of(b.shared[key]).name, "bits": 4 if narrow else 8, "shape": list(shape), "order": "OI"}
+    b.codes.setdefault(path, entry | {"storage": kind.lower()})
+    return _scaled(b, path, b.shared[key], scale, shape)
+
+
+def _scaled(b: Lowering, path: str, stored: Held, scale: Held, shape: Sequence[int]) -> Held:
+    """DequantizeLinear of codes in the weight's own shape."""
+    assert scale.const is not None
     groups = 1 if scale.const.numel() == 1 else scale.const.shape[1]
     layout: dict[str, Any] = {} if scale.const.numel() == 1 else {"axis": 0}
     values = scale.const.reshape(() if scale.const.numel() == 1 else (-1,))

@@ -24,7 +24,7 @@ from calibrate.signature import Batch, raw_path
 from export.contract import Artifact, Contents, Exporter, Forecast, Runner, Validation
 from export.coreml_contents import CODES, PARAMETERS, infinite, read_contents
 from export.coreml_ops import Carrier, conversion, decomposed, finite
-from export.coreml_weights import Target, refusal
+from export.coreml_weights import Target, binary_refusal, refusal
 from export.disk import readable, space
 from export.graph import Traceable, cast_layers, weight_only
 from export.mil_package import MODEL, Package, coremltools, package_files, quiet
@@ -76,12 +76,12 @@ class CoreMLExporter(Exporter):
         for path, module in model.named_modules():
             weight, activation = getattr(module, "quantized_weight", None), getattr(module, "activation", None)
             if weight is not None and hasattr(weight, "codes"):
-                reason = refusal(self.target, weight.grid.bits, tuple(weight.shape), tuple(weight.scale.shape))
+                reason = _weight_refusal(self.target, weight)
                 refused += [(path, reason)] if reason else []
             kind = getattr(activation, "kind", None)
             if kind == "dynamic":
                 refused.append((path, "Core ML has no dynamic activation quantization; use static activations or none"))
-            elif kind == "static" and self.target == "iOS16":
+            elif kind in ("static", "binary") and self.target == "iOS16":
                 refused.append((path, "iOS16 cannot quantize activations; use target iOS17 or later"))
             elif kind == "static" and activation is not None and activation.bits != 8:
                 refused.append((path, f"Core ML quantizes activations to 8 bits, not {activation.bits}"))
@@ -326,6 +326,14 @@ class _CoreML(Runner):
             for name, kind in self.types.items()
         }
         return torch.from_numpy(self.model.predict(given)[self.output]).float()
+
+
+def _weight_refusal(target: Target, weight: Any) -> str | None:
+    """Why the target has no form for a layer's codes, or None; planes of bits have no grid."""
+    shape = tuple(weight.shape)
+    if not hasattr(weight, "grid"):
+        return binary_refusal(target, shape, weight.groups)
+    return refusal(target, weight.grid.bits, shape, tuple(weight.scale.shape))
 
 
 def _version() -> str:

@@ -231,6 +231,9 @@ def _move(folder: Path, path: Path) -> None:
 def _refusals(module: nn.Module) -> Iterator[str]:
     weight: Any = module.quantized_weight
     activation: Any = getattr(module, "activation", None)
+    if not hasattr(weight, "grid"):  # bits become codes per channel, of 4 or 8 bits
+        yield from _input_refusals(activation)
+        return
     grid, codes = weight.grid, torch.Size(weight.shape).numel()
     grouped = grid.granularity == "group"
     if not grid.symmetric:
@@ -241,6 +244,12 @@ def _refusals(module: nn.Module) -> Iterator[str]:
         yield "a group of one weight is no group to TensorRT; take 2 or more"
     if grid.bits < 8 and codes % 2:
         yield f"TensorRT packs INT4 codes in pairs, and its {codes} codes are an odd number"
+    yield from _input_refusals(activation)
+    if activation is not None and grouped:
+        yield "TensorRT has no kernel for group scales under quantized activations; scale by channel"
+
+
+def _input_refusals(activation: Any) -> Iterator[str]:
     if activation is None:
         return
     if activation.kind == "dynamic":
@@ -249,8 +258,6 @@ def _refusals(module: nn.Module) -> Iterator[str]:
         yield "its activation codes are asymmetric, and TensorRT takes symmetric ones only"
     if activation.bits != 8:
         yield f"its activations have {activation.bits} bits, and TensorRT has 8-bit ones only"
-    if grouped:
-        yield "TensorRT has no kernel for group scales under quantized activations; scale by channel"
 
 
 def _shifted(zero_point: Tensor) -> bool:

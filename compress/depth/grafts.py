@@ -148,7 +148,7 @@ def _shared(model: nn.Module, path: str) -> bool:
 
 
 @contextmanager
-def grafting(model: nn.Module, grafts: Mapping[str, Graft]) -> Iterator[None]:
+def grafting(model: nn.Module, grafts: Mapping[str, nn.Module]) -> Iterator[None]:
     """The grafts stand in the place of their layers while it is open."""
     places = {path: parent_of(model, path) for path in grafts}
     own = {path: parent._modules[name] for path, (parent, name) in places.items()}

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, C channels.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,10 +25,12 @@ from calibrate.capture import counted, split
 from calibrate.signature import Batch
 from compress.distillation.listening import MOST_BYTES, OUTPUT, Heard, Packed, Part, Store, count, hear, still
 
-__all__ = ["OUTPUT", "Course", "Lesson", "Taught", "distil"]
+__all__ = ["OUTPUT", "Course", "Lesson", "LiveLesson", "Taught", "distil"]
 
 Call = Callable[[nn.Module, Batch], Tensor]
 
+_DIVERGED = 100.0
+"""Times the loss at the start, beyond which training is given up."""
 _HELD = 4
 """One part in so many of the memory is the most that held-out rows take: the others are there to learn from."""
 
@@ -43,6 +46,7 @@ class Course:
         warm_up: share of the steps in which the rate rises; a cosine to zero follows.
         checks: how often the held-out rows are asked, at least once an epoch where that is more seldom.
         patience: it stops after so many checks in a row that were no better.
+        seconds: it stops after so many; how many steps those are hangs on the machine.
     """
 
     epochs: int = 8
@@ -51,6 +55,7 @@ class Course:
     warm_up: float = 0.05
     checks: int = 20
     patience: int = 6
+    seconds: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     seed: int = 0
 
@@ -67,6 +72,7 @@ class Taught:
         best_step: whose state is kept; 0: nothing was better than the start, and nothing changed.
         rows, held_rows: learnt from, judged on.
         remembered: whether what runs before the part was computed once only.
+        stopped: why it ended before the last step that was planned; "": it did not.
     """
 
     loss_before: float
@@ -80,6 +86,7 @@ class Taught:
     held_rows: int
     parameters: int
     remembered: bool
+    stopped: str = ""
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,7 +130,7 @@ class Lesson:
         with still(model):
             self.held, judged = self._recorded(model, call, self.held, store, most_bytes - most_bytes // _HELD)
             self.fit, learnt = self._recorded(model, call, self.fit, store)
-        self.wanted = (learnt, judged)
+        self.wanted: tuple[Sequence[dict[str, Packed]], Sequence[dict[str, Packed]]] = (learnt, judged)
         self.left_out = _left_out(given, (count(self.fit), count(self.held)), most_bytes)
         self.signal = {key: self._mean_square(key) for key in self.keys}
 
@@ -172,6 +179,51 @@ class Lesson:
         return found
 
 
+class LiveLesson(Lesson):
+    """A lesson whose wanted outputs are computed when they are needed, by a model that does not change: for many rows, or rows
+    that are masked anew each time, there is no room to keep them. Those of held-out rows are kept."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        call: Call,
+        batches: tuple[Sequence[Batch], Sequence[Batch]],
+        paths: Sequence[str] = (),
+        output: Literal["", "features", "logits"] = "",
+    ) -> None:
+        """
+        Args:
+            original: gives what is wanted; it is not changed, and is another object than the model that is trained.
+            batches: to learn from and to judge on, each as it will be run.
+        """
+        super().__init__(original, call, ([], batches[1]), paths, output, max(map(_rows_of, batches[1]), default=1))
+        self.fit = list(batches[0])
+        self._original, self._call = original, call
+        self.wanted = (_Asked(self._ask, len(self.fit)), self.wanted[1])
+
+    def _ask(self, number: int) -> dict[str, Packed]:
+        with still(self._original):
+            heard = hear(self._original, self._call, self.fit[number], self.paths, bool(self.output))
+        return {key: Packed(value.float()) for key, value in heard.items()}
+
+
+class _Asked(Sequence[dict[str, Packed]]):
+    """What a function gives for each number, asked anew each time."""
+
+    def __init__(self, ask: Callable[[int], dict[str, Packed]], count: int) -> None:
+        self._ask, self._count = ask, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._ask(number)
+
+
+def _rows_of(batch: Batch) -> int:
+    return count([batch])
+
+
 def distil(
     model: nn.Module,
     call: Call,
@@ -217,6 +269,7 @@ class _Training:
     def run(self) -> Taught:
         before = least = self._judged()
         best_step = bad = step = 0
+        stopped, began = "", time.monotonic()
         for step, number in enumerate(self._order(), 1):
             finite = self._step(step, number)
             self.progress(step, self.planned, "distillation")
@@ -228,7 +281,8 @@ class _Training:
                 self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
             else:
                 bad += 1
-            if bad >= self.course.patience or not finite or not math.isfinite(now[0]):
+            stopped = self._ended(bad, finite and math.isfinite(now[0]), now[0] / max(before[0], 1e-30), time.monotonic() - began)
+            if stopped and step < self.planned:
                 break
         return Taught(
             loss_before=before[0],
@@ -242,7 +296,20 @@ class _Training:
             held_rows=count(self.lesson.held),
             parameters=sum(parameter.numel() for parameter in self.parameters.values()),
             remembered=self.part.remembers,
+            stopped=stopped if step < self.planned else "",
         )
+
+    def _ended(self, bad: int, finite: bool, ratio: float, seconds: float) -> str:
+        """Why training ends at a check, in words; "": it goes on."""
+        if not finite:
+            return "the loss was not finite"
+        if ratio > _DIVERGED:
+            return f"it diverged: the loss on held-out rows was {ratio:.3g} times that at the start"
+        if bad >= self.course.patience:
+            return f"{bad} checks in a row were no better"
+        if self.course.seconds is not None and seconds >= self.course.seconds:
+            return f"{self.course.seconds:g} seconds were over"
+        return ""
 
     def _order(self) -> Iterator[int]:
         """The batches to learn from, shuffled anew for each epoch."""

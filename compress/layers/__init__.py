@@ -2,6 +2,7 @@
 
 from compress.layers.absent import Absent
 from compress.layers.attention import SplitAttention, split_attention
+from compress.layers.binary import BinaryActivation, BinaryCodes, BinaryConv2d, BinaryLinear
 from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
 from compress.layers.hash_attention import HashedAttention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
@@ -10,6 +11,10 @@ from compress.layers.topk_attention import TopKAttention
 __all__ = [
     "Absent",
     "ActivationGrid",
+    "BinaryActivation",
+    "BinaryCodes",
+    "BinaryConv2d",
+    "BinaryLinear",
     "CastConv2d",
     "CastEmbedding",
     "CastLinear",

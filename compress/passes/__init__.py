@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint
 
 from calibrate.errors import UserError
+from compress.passes.binarize import Binarize
 from compress.passes.cast import Cast
 from compress.passes.contract import Context, Pass, Target
 from compress.passes.drop_layers import DropLayers
@@ -22,6 +23,7 @@ __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
 PASSES: tuple[type[Pass], ...] = (
     Quantize, Cast, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, HashAttention, FuseLayers,
+    Binarize,
 )  # fmt: skip
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from calibrate.capture import counted
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
+from compress.depth.grafts import grafting
 from compress.quantization.bit_groups import FLOAT, BitGroup
 from compress.quantization.quantized_sites import plan_sites
 from compress.quantization.rounded_layers import site_layers
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from compress.passes.contract import Context
     from compress.passes.quantize import Quantize
 
-__all__ = ["Loss", "Reference", "Sensitivity", "decibels", "measure"]
+__all__ = ["Loss", "Reference", "Sensitivity", "decibels", "losses_alone", "measure"]
 
 _MOST_BYTES = 256_000_000
 """Most that is remembered of what the parts of a model gave; with large models fewer rows are measured, but always a batch."""
@@ -174,6 +175,26 @@ def measure(
             context.progress(len(found), len(groups), said)
     assert reference is not None
     return Sensitivity(list(groups), [found[group.name] for group in groups], reference)
+
+
+def losses_alone(
+    model: nn.Module,
+    context: Context,
+    layers: Mapping[str, nn.Module],
+    rows: int,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> dict[str, Loss]:
+    """What is lost at the outputs when one layer alone stands in the place of the module at its path, for each."""
+    paths = [block.path for block in context.anatomy.blocks]
+    restart = Restart(model, context.call, [*paths, *(path for path in layers if not any(_inside(path, one) for one in paths))])
+    reference = _remembered(restart, model, context, rows)
+    found = {}
+    for number, (path, layer) in enumerate(layers.items()):
+        start = next((part for part in restart.order if _inside(path, part)), "")
+        with evaluating(model), grafting(model, {path: layer}):
+            found[path] = reference.compared(restart.run(index, start).output for index in range(len(reference.batches)))
+        progress(number + 1, len(layers), "sites measured")
+    return found
 
 
 def decibels(noise: float) -> float | None:
