@@ -1,0 +1,158 @@
+"""What one bit a weight costs and brings: the speed of the files, and the metric against the number of binarized layers.
+
+    python tests/benchmarks/binarize.py --speed            # about a minute: a 1024x1024 layer at 1, 16 and 128 rows
+    python tests/benchmarks/binarize.py --files RUN ...    # times the files of finished runs against their float files
+    python tests/benchmarks/binarize.py --curve RECIPE     # hours on two cores: naive, scaled, repaired, two bases
+
+One thread, ONNX Runtime, interleaved. ``--files`` needs run folders of ``compress apply`` on the recipes ``sst2-1bit`` and
+``cifar10-vit-1bit`` beside this file; ``--curve`` needs their models and data (``../shared``). Without options: all but the curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = (1, 16, 128)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "naive": {"granularity": "tensor", "bias_correction": False, "repair": 0},
+    "scaled": {"repair": 0},
+    "repaired": {},
+    "2-base": {"bases": 2, "repair": 0},
+    "2-base, repaired": {"bases": 2},
+}
+
+
+class Product(nn.Module):
+    """One linear layer of 1024 inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer: nn.Module = nn.Linear(1024, 1024)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x)
+        return made
+
+
+def one_bit(bases: int) -> Product:
+    """The same layer in bits, with inputs of 8 bits."""
+    from compress.algorithms.binarizing import binarized
+    from compress.layers import BinaryLinear
+
+    model = Product()
+    weight = {"shape": [1024, 1024], "bases": bases, "group_size": None, "shift": False}
+    layer: Any = BinaryLinear(weight, {"kind": "static", "bits": 8, "symmetric": True}, True)
+    bits = binarized(model.layer.weight.detach(), bases)  # type: ignore[union-attr, operator]
+    layer.quantized_weight.store(bits.planes, bits.multiples, bits.shift, bits.scale)
+    layer.bias.data = model.layer.bias.detach()  # type: ignore[union-attr, operator]
+    layer.activation.scale.fill_(4 / 127)
+    model.layer = layer.eval()
+    return model.eval()
+
+
+def speed(folder: Path) -> None:
+    """Sizes, and times over the float file."""
+    from calibrate.latency import interleave, processor_name
+    from calibrate.signature import Signature, TensorSpec
+    from export.graph import Traceable
+    from export.onnx_runner import OnnxRunner
+    from export.to_onnx import OnnxExporter
+
+    signature = Signature((TensorSpec("x", torch.float32, ("batch", 1024)),))
+    models = {"float": Product().eval(), "1 bit": one_bit(1), "2 bases": one_bit(2)}
+    runners = {}
+    print(f"1024x1024 layer, {processor_name()}, one thread")
+    for name, model in models.items():
+        source = Traceable(model, signature, {"x": torch.randn(4, 1024)})
+        artifact = OnnxExporter().write(source, folder / f"{name}.onnx")
+        runners[name] = OnnxRunner(artifact.path, 1)
+        print(f"{name:8} {artifact.size_bytes:>10,} bytes")
+    for rows in ROWS:
+        batch = {"x": torch.randn(rows, 1024)}
+        times = interleave({name: lambda run=run: run(batch) for name, run in runners.items()}, repeats=200, budget_s=15)
+        for name, timing in times.items():
+            ratio = "" if timing.ratio is None else f"  {1 / timing.ratio.value:.2f}x faster"
+            print(f"{rows:>4} rows  {name:8} {1000 * timing.median_ms:>8.0f} us{ratio}")
+
+
+def files(runs: list[Path]) -> None:
+    """Size, and time over the float file, of the ONNX files of finished runs."""
+    from calibrate.latency import interleave
+    from safetensors.torch import load_file
+
+    from export.onnx_runner import OnnxRunner
+
+    for run in runs:
+        paths = {"float": run / "baseline/onnx/model.onnx", "1 bit": run / "onnx/model.onnx"}
+        opened = {name: OnnxRunner(path, 1) for name, path in paths.items()}
+        held = load_file(run / "kept.safetensors")
+        rows = {name.removeprefix("inputs."): tensor for name, tensor in held.items() if name.startswith("inputs.")}
+        print(f"{run.name}: " + ", ".join(f"{name} {path.stat().st_size / 1e6:.2f} MB" for name, path in paths.items()))
+        for size in (1, 8):
+            batch = {name: tensor[:1].repeat(size, *[1] * (tensor.dim() - 1)) for name, tensor in rows.items()}
+            times = interleave({name: lambda one=one: one(batch) for name, one in opened.items()}, repeats=60, budget_s=30)
+            ratio = times["1 bit"].ratio
+            assert ratio is not None
+            print(f"  batch {size}: {times['float'].median_ms:.2f} ms, {times['1 bit'].median_ms:.2f} ms: {1 / ratio.value:.2f}x")
+
+
+def curve(path: Path, counts: list[int], out: Path) -> None:
+    """The metric of the ONNX file for each setting and number of binarized layers, those that lose least first."""
+    import yaml
+
+    from compress.api import apply
+
+    recipe = yaml.safe_load(path.read_text())
+    for key in ("calibration", "evaluation"):
+        recipe["data"][key]["path"] = str((path.parent / recipe["data"][key]["path"]).resolve())
+    recipe["model"] = "hf:" + str((path.parent / str(recipe["model"]).removeprefix("hf:")).resolve())
+    recipe |= {"accept": {"metric_drop": 1.0}, "export": [{"onnx": {"openvino": False}}], "measure": {"repeats": 3}}
+    own = next(step["binarize"] for step in recipe["passes"] if "binarize" in step)
+    for name, setting in SETTINGS.items():
+        for count in counts:
+            label = f"{path.stem}-{name.replace(', ', '-')}-{count}"
+            step = {key: value for key, value in own.items() if setting.get("repair") != 0 or not key.startswith("repair")}
+            passes = [one for one in recipe["passes"] if "binarize" not in one]
+            passes.append({"binarize": step | setting | {"count": count, "rest": "float"}})
+            file = out / f"{label}.yaml"
+            file.write_text(yaml.safe_dump(recipe | {"passes": passes, "name": label}, sort_keys=False))
+            report = apply(file, out=out / label)
+            row = next(row for row in report.rows if row.label == "onnx")
+            print(json.dumps({"setting": name, "layers": count, "metric": row.metric and row.metric.value, "db": row.sqnr_db}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--files", nargs="*", type=Path, default=[])
+    parser.add_argument("--curve", type=Path)
+    parser.add_argument("--counts", nargs="*", type=int, default=[6, 12, 18, 24, 30, 36])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        out = given.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        if given.speed or not (given.files or given.curve):
+            speed(out)
+        files(given.files)
+        if given.curve:
+            curve(given.curve, given.counts, out)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
