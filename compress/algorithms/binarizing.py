@@ -18,8 +18,8 @@ __all__ = ["Binarized", "binarized", "nearest", "rebinarized"]
 _LEAST = 2.0**-24
 """Of a scale: the smallest float16 number. A row of zeros has it."""
 _NARROW, _WIDE = 7, 63
-"""The largest whole number: one that INT4 holds where a row has one set of them; else one of which two, times inputs of 8 bits, have
-a sum of 16 bits: processors without VNNI add pairs so, and what is larger saturates there."""
+"""The largest whole number: one that INT4 holds where a row has one set of them; else one of which two, times inputs of 8 bits,
+have a sum of 16 bits: processors without VNNI add pairs so, and what is larger saturates there."""
 
 
 @dataclass(frozen=True)

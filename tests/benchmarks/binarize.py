@@ -4,13 +4,14 @@
     python tests/benchmarks/binarize.py --files RUN ...    # times the files of finished runs against their float files
     python tests/benchmarks/binarize.py --curve RECIPE     # hours on two cores: naive, scaled, repaired, two bases
 
-One thread, ONNX Runtime, interleaved. ``--files`` needs run folders of ``compress apply`` on the recipes ``sst2-1bit`` and
-``cifar10-vit-1bit`` beside this file; ``--curve`` needs their models and data (``../shared``). Without options: all but the curve.
+One thread, ONNX Runtime, interleaved. ``--files`` takes run folders of ``compress apply``, as of the recipes ``sst2-1bit`` and
+``cifar10-vit-1bit`` in ``recipes``; ``--curve`` needs their models and data (``../shared``). Without options: ``--speed``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -82,7 +83,8 @@ def speed(folder: Path) -> None:
         print(f"{name:8} {artifact.size_bytes:>10,} bytes")
     for rows in ROWS:
         batch = {"x": torch.randn(rows, 1024)}
-        times = interleave({name: lambda run=run: run(batch) for name, run in runners.items()}, repeats=200, budget_s=15)
+        calls = {name: functools.partial(runner, batch) for name, runner in runners.items()}
+        times = interleave(calls, repeats=200, budget_s=15)
         for name, timing in times.items():
             ratio = "" if timing.ratio is None else f"  {1 / timing.ratio.value:.2f}x faster"
             print(f"{rows:>4} rows  {name:8} {1000 * timing.median_ms:>8.0f} us{ratio}")
@@ -90,9 +92,9 @@ def speed(folder: Path) -> None:
 
 def files(runs: list[Path]) -> None:
     """Size, and time over the float file, of the ONNX files of finished runs."""
-    from calibrate.latency import interleave
     from safetensors.torch import load_file
 
+    from calibrate.latency import interleave
     from export.onnx_runner import OnnxRunner
 
     for run in runs:
@@ -103,7 +105,8 @@ def files(runs: list[Path]) -> None:
         print(f"{run.name}: " + ", ".join(f"{name} {path.stat().st_size / 1e6:.2f} MB" for name, path in paths.items()))
         for size in (1, 8):
             batch = {name: tensor[:1].repeat(size, *[1] * (tensor.dim() - 1)) for name, tensor in rows.items()}
-            times = interleave({name: lambda one=one: one(batch) for name, one in opened.items()}, repeats=60, budget_s=30)
+            calls = {name: functools.partial(one, batch) for name, one in opened.items()}
+            times = interleave(calls, repeats=60, budget_s=30)
             ratio = times["1 bit"].ratio
             assert ratio is not None
             print(f"  batch {size}: {times['float'].median_ms:.2f} ms, {times['1 bit'].median_ms:.2f} ms: {1 / ratio.value:.2f}x")

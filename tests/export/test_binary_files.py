@@ -190,8 +190,8 @@ def test_core_ml_before_ios18_refuses_bits_by_name() -> None:
 @each_form
 def test_the_file_for_tensorrt_has_four_bits_or_eight(form: dict[str, Any]) -> None:
     from export.onnx_file import contents, write
-    from export.to_onnx import lower
     from export.tensorrt_lowering import explicit
+    from export.to_onnx import lower
 
     model, signature, batch = binary("text", form)
     source = Traceable(model, signature, batch)

@@ -88,8 +88,7 @@ def test_constant_rows_are_kept(value: float, bases: int, group: int | None, shi
 
 
 def test_the_brute_force_best_of_two_bases_is_not_far() -> None:
-    """For one short row all sign patterns can be tried with their best factors; alternating search is within a tenth of a dB ... of
-    the squared size, and never better."""
+    """For one short row all sign patterns can be tried with their best factors: the search in turns is near, and never better."""
     weight = _weight(1, 8, seed=4)
     patterns = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=8)))
     best = torch.inf
