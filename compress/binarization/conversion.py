@@ -46,6 +46,13 @@ def binarize(step: Binarize, model: nn.Module, context: Context) -> nn.Module:
     return _Binarizing(step, model, context).run()
 
 
+_RUNS_AS = {
+    "static": "INT8 products of signs and inputs of 8 bits: no runtime here has a kernel for bits",
+    "binary": "INT8 products of codes -1, 0 and 1: no runtime here has a kernel for bits, and inputs of one bit bring no speed",
+    "none": "float products: the weights are made float when the file is loaded",
+}
+
+
 class _Binarizing:
     """One run of the pass."""
 
@@ -83,6 +90,7 @@ class _Binarizing:
             self._put(job, latents[path], bits[path], inputs.get(path), sites[path])
         context.progress(len(self.jobs), len(self.jobs), "binarized")
         context.report |= {"sites": sites, "skipped": self.skipped | others, "repair": self.told, "costs": self._costs()}
+        context.report["runs_as"] = _RUNS_AS[step.activations]
         self._rest(others)
         return model
 
