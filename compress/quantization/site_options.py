@@ -50,6 +50,8 @@ class Mixed(BaseModel):
         labels = [label(options_of(one)) for one in self.candidates]
         if len(set(labels)) < len(labels):
             raise ValueError("candidates names one setting twice\nName each once.")
+        if labels == ["float"]:
+            raise ValueError("candidates leaves every site float\nName bits too: [8, 4, float].")
         if len(self.budgets) > 1:
             raise ValueError(f"{' and '.join(self.budgets)} are two budgets\nKeep one.")
         return self

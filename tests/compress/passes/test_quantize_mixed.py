@@ -160,6 +160,7 @@ def test_the_best_that_is_told_can_be_met() -> None:
         {"candidates": [8, 8], "size_ratio": 0.2},
         {"candidates": [5], "size_ratio": 0.2},
         {"candidates": [], "size_ratio": 0.2},
+        {"candidates": ["float"], "size_ratio": 0.9},
         {"size_ratio": 1.5},
     ],
     ids=str,
