@@ -20,6 +20,7 @@ from compress.algorithms.binarizing import Binarized
 from compress.binarization.binary_sites import BinaryJob, binary_layer, bits_of, plan_binary
 from compress.binarization.costs import counted
 from compress.binarization.latent import Latent, LatentActivation
+from compress.binarization.products import attach_products
 from compress.binarization.repair import Plan, repaired
 from compress.depth.grafts import grafting
 from compress.depth.repair import Judge, finite, parted
@@ -73,13 +74,19 @@ class _Binarizing:
         bits = {job.site.path: bits_of(step, self._weight(job)) for job in self.jobs}
         latents = {job.site.path: self._latent(job, bits[job.site.path], seen) for job in self.jobs}
         others = self._choose(latents)
+        attentions, unlike = step.attentions(model, context.anatomy)
         judge = Judge(model, context.call, self.held) if self.rows else None
         original = copy.deepcopy(model) if step.repairs else None
         sites = {path: self._says(path, bits[path]) for path in latents}
+        products = attach_products(model, context, attentions, self.few)
         with grafting(model, latents):
             self._judged("before", judge)
             if original is not None:
+                for layer in products:
+                    layer.learning = True
                 self._repair(original, latents)
+                for layer in products:
+                    layer.learning = False
                 self._judged("after", judge)
             del original
             self.told |= {"rows": _count(self.fit), "held_rows": _count(self.held)} if self.rows else {}
@@ -89,7 +96,7 @@ class _Binarizing:
             context.progress(number, len(self.jobs), path)
             self._put(job, latents[path], bits[path], inputs.get(path), sites[path])
         context.progress(len(self.jobs), len(self.jobs), "binarized")
-        context.report |= {"sites": sites, "skipped": self.skipped | others, "repair": self.told, "costs": self._costs()}
+        context.report |= {"sites": sites, "skipped": self.skipped | others | unlike, "repair": self.told, "costs": self._costs()}
         context.report["runs_as"] = _RUNS_AS[step.activations]
         self._rest(others)
         return model

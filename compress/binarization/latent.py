@@ -11,47 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.algorithms.binarizing import Binarized, nearest, rebinarized
+from compress.algorithms.binarizing import Binarized, rebinarized
+from compress.algorithms.straight_through import stepped, through_bits
 from compress.layers.conversion import weight_of
 
 __all__ = ["Latent", "LatentActivation"]
-
-
-class _Through(torch.autograd.Function):
-    """``scale * nearest(weight / scale)``: the gradient passes to the weight as it is (Bengio et al. 2013, arXiv 1308.3432), and
-    to the scale as the integers say (Esser et al. 2020, arXiv 1902.08153, eq. 3, for weights that are inside the range)."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, multiples: Tensor | None, shift: Tensor | None) -> Tensor:
-        whole = nearest(weight if multiples is None else weight / scale, multiples, shift)
-        ctx.save_for_backward(whole)
-        return whole * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (gradient,) = gradients
-        (whole,) = ctx.saved_tensors
-        return gradient, (gradient * whole).sum(1, keepdim=True), None, None
-
-
-class _Step(torch.autograd.Function):
-    """``scale`` where x reaches the threshold, else ``-scale`` (or 0); the gradient passes where x is within a scale of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: Tensor, scale: Tensor, nonnegative: bool) -> Tensor:
-        above = x >= threshold
-        level = above.to(x.dtype) if nonnegative else torch.where(above, 1.0, -1.0).to(x.dtype)
-        ctx.save_for_backward(x - threshold, level, scale)
-        ctx.channels = threshold.numel()
-        return level * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (gradient,) = gradients
-        off, level, scale = ctx.saved_tensors
-        inside = gradient * (off.abs() <= scale)
-        rough = (gradient * level).sum() * (gradient.numel() ** -0.5)
-        return inside, -inside.reshape(-1, ctx.channels).sum(0), rough, None
 
 
 class LatentActivation(nn.Module):
@@ -68,8 +32,7 @@ class LatentActivation(nn.Module):
         self.threshold, self.scale = nn.Parameter(mean.clone()), nn.Parameter(size.clone().reshape(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = _Step.apply(x, self.threshold, self.scale, self.nonnegative)  # type: ignore[no-untyped-call]
-        return made
+        return stepped(x, self.threshold, self.scale, self.nonnegative)
 
 
 class Latent(nn.Module):
@@ -96,8 +59,7 @@ class Latent(nn.Module):
     def binary(self) -> Tensor:
         """The weight that the bits make, in the weight's shape."""
         flat = self.weight.flatten(1)
-        made: Tensor = _Through.apply(flat, self.scale, self.multiples, self.shift)  # type: ignore[no-untyped-call]
-        return made.reshape(self.weight.shape)
+        return through_bits(flat, self.scale, self.multiples, self.shift).reshape(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.activation is None else self.activation(x)

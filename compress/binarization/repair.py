@@ -20,6 +20,7 @@ from compress.anatomy import Block
 from compress.binarization.latent import Latent, LatentActivation
 from compress.distillation.blocks import thinned
 from compress.distillation.training import Course, LiveLesson, Taught, distil
+from compress.layers import BinaryProducts
 
 if TYPE_CHECKING:
     from compress.passes.contract import Context
@@ -133,6 +134,8 @@ def _rates(model: nn.Module, latents: Mapping[str, Latent], blocks: Sequence[Blo
             rates[name] = rate * max(_size(parameter), 1e-8)
         elif isinstance(model.get_submodule(owner), LatentActivation):
             rates[name] = rate * max(_size(parameter), 1e-3)
+        elif isinstance(model.get_submodule(owner), BinaryProducts):
+            rates[name] = rate * (_size(parameter) if kind.endswith("scale") else usual)
         elif owner in chosen or owner in norms:
             rates[name] = rate * usual
     return rates
@@ -154,7 +157,7 @@ class _Batches:
     ) -> None:
         self.plan = plan
         self.trims = _trims(model, call, rows[0][0])
-        self.rows = {name: torch.cat([batch[name] for batch in rows[0]]) for name in rows[0][0]}
+        self.rows = _whole(rows[0])
         generator = torch.Generator().manual_seed(plan.seed)
         self.held = list(self._cut(thinned(rows[1], generator)))
 
@@ -185,6 +188,19 @@ class _Batches:
                 continue
             length = int(batch["attention_mask"].ne(0).any(0).nonzero().amax()) + 1
             yield {name: tensor[:, :length] if tensor.dim() == 2 else tensor for name, tensor in batch.items()}
+
+
+def _whole(batches: Sequence[Batch]) -> Batch:
+    """All rows in one batch; those of shorter batches are padded to the longest, masked."""
+    longest = max((batch["attention_mask"].shape[1] for batch in batches if "attention_mask" in batch), default=0)
+
+    def even(tensor: Tensor, batch: Batch) -> Tensor:
+        mask = batch.get("attention_mask")
+        if mask is None or tensor.dim() != 2 or tensor.shape != mask.shape:
+            return tensor
+        return nn.functional.pad(tensor, (0, longest - tensor.shape[1]))
+
+    return {name: torch.cat([even(batch[name], batch) for batch in batches]) for name in batches[0]}
 
 
 def _parts(order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 from compress.layers.absent import Absent
 from compress.layers.attention import SplitAttention, split_attention
 from compress.layers.binary import BinaryActivation, BinaryCodes, BinaryConv2d, BinaryLinear
+from compress.layers.binary_products import BinaryProducts
 from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
 from compress.layers.hash_attention import HashedAttention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
@@ -15,6 +16,7 @@ __all__ = [
     "BinaryCodes",
     "BinaryConv2d",
     "BinaryLinear",
+    "BinaryProducts",
     "CastConv2d",
     "CastEmbedding",
     "CastLinear",

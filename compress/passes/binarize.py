@@ -12,8 +12,11 @@ from calibrate.ranges import RangeMethod
 from compress.anatomy import Anatomy
 from compress.binarization.binary_sites import action, binary_layer, plan_binary
 from compress.binarization.conversion import binarize
-from compress.passes.contract import Context, Pass, Target
+from compress.binarization.products import Products, find_products
+from compress.layers import BinaryProducts
+from compress.passes.contract import Context, Pass, Target, blank
 from compress.passes.quantize import Quantize
+from compress.surgery import Surgery
 
 __all__ = ["Binarize"]
 
@@ -36,6 +39,10 @@ class Binarize(Pass):
     Inputs are rounded to 8 bits (``static``), to one (``binary``: a threshold for each channel and one scale, which the repair
     trains too; {0, scale} where inputs are never negative), or stay float. No runtime here multiplies bits: one-bit inputs are
     carried as INT8 codes, exactly.
+
+    With ``products: binary`` the products of attention are of one bit too: signs of queries, keys and values about thresholds,
+    and probabilities of 0 or one scale; what that leaves of both products is estimated by products of rank one (BiPFT's residual
+    polynomials), whose vectors the repair learns.
 
     Without ``sites`` it takes every projection inside the blocks; what comes before and after, and the tables, stays. With
     ``count`` so many are taken, those that lose least alone at the model's outputs, and ``rest`` says what becomes of the others.
@@ -61,6 +68,11 @@ class Binarize(Pass):
     activations: Literal["static", "binary", "none"] = Field(
         "static",
         description="static: inputs of 8 bits with a scale from calibration rows; binary: of one bit; none: float.",
+    )
+    products: Literal["float", "binary"] = Field(
+        "float",
+        description="binary: queries, keys, values and probabilities of attention become one bit too, with BiPFT's estimators of "
+        "rank one for what the bits leave; an accuracy tool: no runtime here has such products, and they run in float.",
     )
     activation_symmetric: bool = Field(True, description="Static inputs without zero point: TensorRT takes no other.")
     range: RangeMethod = Field("mse", description="How calibration rows become the range of a static input.")
@@ -134,7 +146,13 @@ class Binarize(Pass):
 
     @property
     def calibrates(self) -> bool:
-        return self.repairs or self.activations != "none" or self.bias_correction or self.count is not None
+        return (
+            self.repairs
+            or self.activations != "none"
+            or self.products == "binary"
+            or self.bias_correction
+            or self.count is not None
+        )
 
     @property
     def assumes(self) -> str:
@@ -151,10 +169,22 @@ class Binarize(Pass):
                 found.append(Target(site.path, ", ".join(site.roles), action(self, jobs[site.path])))
             elif self.repairs and site.kind == "norm" and site.block in inside:
                 found.append(Target(site.path, "norm", "trained by the repair"))
-        return found
+        attentions = self.attentions(model, anatomy)[0]
+        return found + [Target(one.block.path, "attention", "products of one bit") for one in attentions]
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-        return plan_binary(self, model, anatomy)[1]
+        return plan_binary(self, model, anatomy)[1] | self.attentions(model, anatomy)[1]
+
+    def attentions(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[Products], dict[str, str]]:
+        """Those whose products become bits, and why others do not: in the blocks that hold a site.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.products == "float":
+            return [], {}
+        inside = {job.site.block for job in plan_binary(self, model, anatomy)[0]}
+        return find_products(self.name, model, anatomy, [block for block in anatomy.blocks if block.index in inside])
 
     def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
         jobs = plan_binary(self, model, anatomy)[0]
@@ -165,7 +195,18 @@ class Binarize(Pass):
             made: dict[str, nn.Module] = {job.site.path: binary_layer(self, model, job) for job in binary}
         if rest and self.rest == "8":
             made |= self.eight_bits([job.site.path for job in rest]).preview(model, anatomy)
-        return {job.site.path: made[job.site.path] for job in jobs if job.site.path in made}
+        layers = {job.site.path: made[job.site.path] for job in jobs if job.site.path in made}
+        with torch.device("meta"):
+            attached = {f"{one.block.path}.{BinaryProducts.child}": one.layer() for one in self.attentions(model, anatomy)[0]}
+        return layers | attached
+
+    def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
+        for path, layer in self.preview(model, anatomy).items():
+            made = blank(layer, len(surgery.edits))
+            if isinstance(made, BinaryProducts):
+                surgery.attach(model, path.rpartition(".")[0], made)
+            else:
+                surgery.replace(model, path, made)
 
     def ranges(self, paths: list[str]) -> Quantize:
         """Options of ``quantize`` under which the ranges of inputs of 8 bits are found."""

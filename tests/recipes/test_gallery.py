@@ -198,7 +198,7 @@ def test_it_runs_on_a_small_model_of_its_family(case: Case, rows: Path, tmp_path
     for row in judged:
         assert row.audit is not None
         assert row.audit.layers == row.audit.equal
-        assert bool(row.audit.layers) == any(step.name == "quantize" for step in recipe.passes)
+        assert bool(row.audit.layers) == any(step.name in ("quantize", "binarize") for step in recipe.passes)
         assert (tmp_path / "out" / row.path).exists()
         if case.evaluate:
             assert row.validated in ("runtime", "interpreter", "proxy")

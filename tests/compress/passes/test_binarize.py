@@ -17,7 +17,8 @@ from calibrate.signature import Batch
 from compress.anatomy import find
 from compress.binarization.costs import PICOJOULES
 from compress.binarization.latent import LatentActivation
-from compress.layers import BinaryActivation, BinaryLinear, QuantLinear, is_quantized
+from compress.binarization.products import find_products
+from compress.layers import BinaryActivation, BinaryLinear, BinaryProducts, QuantLinear, is_quantized
 from compress.passes.binarize import Binarize
 from compress.passes.contract import Context
 from compress.surgery import Surgery
@@ -146,6 +147,64 @@ def test_the_gradient_of_a_sign_passes_where_the_input_is_within_a_scale() -> No
     assert latent.threshold.grad.tolist() == [-1.0, -1.0, 0.0]
     low = LatentActivation(torch.full((3,), 0.3), torch.tensor(0.5), nonnegative=True)
     assert low(torch.tensor([[0.2, 0.3, 2.0]])).tolist() == [[0.0, 0.5, 0.5]]
+
+
+def test_products_of_attention_in_one_bit_are_learnt_carried_and_rebuilt() -> None:
+    trial = _trial(products="binary", repair=30, repair_rows=16)
+    assert trial.sqnr_db > _trial(products="binary", repair=0).sqnr_db
+    layers = [module for module in trial.after.modules() if isinstance(module, BinaryProducts)]
+    assert len(layers) == len(trial.anatomy.blocks)
+    assert all(float(layer.value_plus.abs().sum()) > 0 and not layer.learning for layer in layers)
+    again = rebuilt(trial)
+    with torch.inference_mode():
+        assert torch.equal(again(trial.rows[0]["pixels"]), trial.after(trial.rows[0]["pixels"]))
+
+
+def test_one_bit_products_are_what_the_polynomial_says() -> None:
+    """Against the sums written out, number by number; without its vectors nothing is added."""
+    layer = BinaryProducts(2, 4, 4)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 3, 4, generator=generator) for _ in range(3))
+    for parameter in layer.parameters():
+        parameter.data.copy_(torch.rand(parameter.shape, generator=generator))
+    mask = torch.tensor([True, True, False])
+    found = layer._attend(q, k, v, mask.expand(3, 3))
+    names = layer.state_dict()
+
+    def bits(x: torch.Tensor, name: str) -> torch.Tensor:
+        above = x >= names[f"{name}_threshold"][:, 0]
+        return torch.where(above, names[f"{name}_scale"], -names[f"{name}_scale"])
+
+    for head in range(2):
+        for query in range(3):
+            row = q[0, :, query]
+            q_plus, q_minus = ((row[head] * names[f"query_{kind}"][head, :, 0]).sum() for kind in ("plus", "minus"))
+            scores = []
+            for key in range(2):
+                other = k[0, :, key]
+                k_plus, k_minus = ((other[head] * names[f"key_{kind}"][head, :, 0]).sum() for kind in ("plus", "minus"))
+                signs = (bits(row, "query")[head] * bits(other, "key")[head]).sum()
+                scores.append((signs + q_minus * k_plus + q_plus * k_minus + q_plus * k_plus) / 2)
+            chance = torch.stack(scores).softmax(0)
+            few = torch.where(chance >= layer.probability_scale / 2, layer.probability_scale, 0.0)
+            wanted = sum(
+                few[key] * (bits(v[0, :, key], "value")[head] + (v[0, head, key] * names["value_plus"][head, :, 0]).sum())
+                for key in range(2)
+            )
+            assert torch.allclose(found[0, head, query], wanted, atol=1e-5)  # sums of a dozen numbers of size 1 in float32
+
+
+def test_attention_that_is_not_one_call_is_left_and_said() -> None:
+    model, signature, rows = digits()
+    anatomy = find(model, signature, {"pixels": rows[0]["pixels"][:2]})
+    step = Binarize(products="binary", repair=0, sites=["blocks.0.*", "blocks.1.*"])
+    touched = {target.path for target in step.targets(model, anatomy) if target.role == "attention"}
+    assert touched == {"blocks.0", "blocks.1"}
+    once = tried(step, model, signature, rows).after
+    again = find(once, signature, {"pixels": rows[0]["pixels"][:2]})
+    blocks = [block for block in again.blocks if block.path == "blocks.0"]
+    with pytest.raises(UserError, match="another already"):
+        find_products("binarize", once, again, blocks)
 
 
 def test_count_takes_those_that_lose_least_and_the_rest_is_int8() -> None:
