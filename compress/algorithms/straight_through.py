@@ -17,7 +17,7 @@ __all__ = ["stepped", "through_bits"]
 
 def through_bits(weight: Tensor, scale: Tensor, multiples: Tensor | None, shift: Tensor | None) -> Tensor:
     """``scale * nearest(weight / scale)`` [O, I]: the gradient passes to the weight as it is (Bengio et al. 2013, arXiv
-    1308.3432), and to the scale [O, 1] as the integers say (Esser et al. 2020, arXiv 1902.08153, eq. 3, for weights inside the range)."""
+    1308.3432), and to the scale [O, 1] as the integers say (Esser et al. 2020, arXiv 1902.08153, eq. 3, inside the range)."""
     made: Tensor = _Bits.apply(weight, scale, multiples, shift)  # type: ignore[no-untyped-call]
     return made
 

@@ -24,7 +24,7 @@ class BinaryProducts(Redirecting, nn.Module):
     Queries, keys and values are signs about a threshold of each channel times one scale, probabilities 0 or one scale. With
     (Qb + Rq)(Kb + Rk)^T = Qb Kb^T + Qb Rk^T + Rq Kb^T + Rq Rk^T, what the first term leaves is estimated from learnt vectors w:
     q_m k_p^T + q_p k_m^T + q_p k_p^T, with q_p = Q w and so on, each one number a token; and probabilities times v_p = V w are
-    added to what the values give. With vectors of zeros nothing is added. They are each head's own; BiPFT's are shared by the heads.
+    added to what the values give. With vectors of zeros nothing is added. Each head has its own; BiPFT's heads share theirs.
 
     It is attached to a module, is its child ``binary_products``, and takes the place of every ``scaled_dot_product_attention``
     that runs in the module's forward. No runtime has such products: they run in float, on numbers of two values.

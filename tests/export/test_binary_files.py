@@ -208,3 +208,36 @@ def test_the_file_for_tensorrt_has_four_bits_or_eight(form: dict[str, Any]) -> N
         path = Path(folder) / "model.qdq.onnx"
         write(lower(source, "tensorrt", (), 1, 21), path)
         same_codes({site: codes for site, codes in contents(path).codes.items() if site in wanted_codes(model)}, model)
+
+
+def test_one_bit_products_of_attention_are_carried_exactly(tmp_path: Path) -> None:
+    from compress.layers import BinaryProducts
+
+    model, signature, batch = made("text")
+    layer = BinaryProducts(4, 8, 8)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in layer.parameters():
+        parameter.data.copy_(0.3 * torch.rand(parameter.shape, generator=generator))
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            given: Tensor = self.inner(ids, mask)
+            return given
+
+    whole = Wrapped().eval()
+    layer.attach(whole, "inner")
+    wanted = outputs(whole, signature, batch)
+    assert sqnr_db(outputs(made("text")[0], signature, batch), wanted) < 30, "a control: they change the outputs"
+    path = OnnxExporter().write(Traceable(whole, signature, batch), tmp_path / "model.onnx").path
+    assert sqnr_db(wanted, OnnxRunner(path, 1)(batch)) > 60
+    pytest.importorskip("coremltools")
+    from export.to_coreml import CoreMLExporter
+
+    exporter = CoreMLExporter(precision="float32")
+    row = {name: tensor[:1] for name, tensor in batch.items()}
+    package = exporter.write(Traceable(whole, signature, row), tmp_path / "m.mlpackage").path
+    assert sqnr_db(outputs(whole, signature, row), exporter.open(package, 1)(row)) > 60
