@@ -96,7 +96,11 @@ class _Binarizing:
             context.progress(number, len(self.jobs), path)
             self._put(job, latents[path], bits[path], inputs.get(path), sites[path])
         context.progress(len(self.jobs), len(self.jobs), "binarized")
-        context.report |= {"sites": sites, "skipped": self.skipped | others | unlike, "repair": self.told, "costs": self._costs()}
+        costs = self._costs()
+        for path, layer in costs.pop("layers").items():
+            sites[path] |= layer
+        kept = {path: sites[path] for path in latents}
+        context.report |= {"sites": kept, "skipped": self.skipped | others | unlike, "repair": self.told, "costs": costs}
         context.report["runs_as"] = _RUNS_AS[step.activations]
         self._rest(others)
         return model

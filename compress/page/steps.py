@@ -107,12 +107,25 @@ def _facts(step: StepRecord) -> tuple[tuple[str, str, str], ...]:
         facts.append(("sites", f"{changed:,}", ""))
     if isinstance(rows := step.report.get("calibration_rows"), int) and rows:
         facts.append(("calibration rows", f"{rows:,}", ""))
+    facts += _repair(step.report.get("repair"))
     if isinstance(chosen := step.report.get("accuracy_driven"), dict):
         start, end, rows = chosen["start"]["loss"], chosen["end"]["loss"], chosen["validation"]["rows"]
         facts.append((f"loss on the {rows:,} validation rows that chose", f"{start:.4g} → {end:.4g}", ""))
         facts.append(("tried", f"{len(chosen['tried']):,}", f"{sum(one['taken'] for one in chosen['tried']):,} stayed"))
     facts.append(("time", wording.seconds(step.seconds), ""))
     return tuple(facts)
+
+
+def _repair(told: object) -> list[tuple[str, str, str]]:
+    """What a repair brought on the rows held out, and by labels where there were some."""
+    if not isinstance(told, dict) or not {"sqnr_db_before", "sqnr_db_after"} <= told.keys():
+        return []
+    before, after = (wording.plain(told[f"sqnr_db_{when}"]) for when in ("before", "after"))
+    facts = [("SQNR on rows held out, before and after the repair, dB", f"{before} → {after}", "")]
+    judged = [told.get(f"validation_{when}", {}).get("metric") for when in ("before", "after")]
+    if all(isinstance(metric, float) for metric in judged):
+        facts.append(("metric on the validation rows", " → ".join(wording.figure(metric) for metric in judged), ""))
+    return facts
 
 
 def _brought(worth: list[Worth], numbers: dict[str, int]) -> Brought:

@@ -197,7 +197,7 @@ def test_one_bit_products_are_what_the_polynomial_says() -> None:
 def test_attention_that_is_not_one_call_is_left_and_said() -> None:
     model, signature, rows = digits()
     anatomy = find(model, signature, {"pixels": rows[0]["pixels"][:2]})
-    step = Binarize(products="binary", repair=0, sites=["blocks.0.*", "blocks.1.*"])
+    step = Binarize(products="binary", repair=0, sites=["blocks.0.attn.*", "blocks.1.attn.*"])
     touched = {target.path for target in step.targets(model, anatomy) if target.role == "attention"}
     assert touched == {"blocks.0", "blocks.1"}
     once = tried(step, model, signature, rows).after
@@ -225,7 +225,7 @@ def test_count_takes_those_that_lose_least_and_the_rest_is_int8() -> None:
 def test_operations_and_energy_are_counted() -> None:
     told = _report(_trial(repair=0))["costs"]
     assert "Horowitz" in told["source"]
-    site = next(iter(told["layers"].values()))
+    site = next(iter(_report(_trial(repair=0))["sites"].values()))
     assert site["arithmetic"] == "sign_int8"
     assert site["runs_as"] == "int8"
     assert site["macs"] == 17 * 64 * 192
