@@ -118,7 +118,7 @@ def quality(bench: Bench, ratios: list[float], seeds: int, out: Path) -> dict[st
                 control.append(metric.estimate(bench.statistics(other)).value)
             entry[f"random {key}"] = _over_seeds(control)
             print(f"{bench.name} {ratio:g} {key}: {json.dumps(entry[key])} random {entry[f'random {key}']}", flush=True)
-        write(bench, model, _file(out, bench.name, ratio))
+        keep(bench, model, told["kept_share"], _file(out, bench.name, ratio))
         found[f"{ratio:g}"] = entry
     return found
 
@@ -131,6 +131,12 @@ def write(bench: Bench, model: torch.nn.Module, path: Path) -> None:
     bench.recipe.export[0].write(Traceable(model, bench.source.signature, bench.data.example, bench.source.name), path)
 
 
+def keep(bench: Bench, model: torch.nn.Module, share: float, path: Path) -> None:
+    """Writes the file of a narrowed model, and beside it which share of the multiply-accumulates it has."""
+    write(bench, model, path)
+    path.with_name("kept_share").write_text(repr(share), encoding="utf-8")
+
+
 def speed(bench: Bench, ratios: list[float], repeats: int, out: Path) -> dict[str, Any]:
     """Times of the files against the float file, all in one interleaved measurement, by batch size."""
     from calibrate.latency import interleave, processor_name
@@ -141,10 +147,11 @@ def speed(bench: Bench, ratios: list[float], repeats: int, out: Path) -> dict[st
         write(bench, bench.source.model, files["1"])
     for ratio in ratios:
         path = files[f"{ratio:g}"] = _file(out, bench.name, ratio)
-        model, told = bench.narrowed(macs=ratio, repair=False)
-        kept[f"{ratio:g}"] = told["kept_share"]
-        if not path.is_file():
-            write(bench, model, path)
+        share = path.with_name("kept_share")
+        if not (path.is_file() and share.is_file()):
+            model, told = bench.narrowed(macs=ratio, repair=False)
+            keep(bench, model, told["kept_share"], path)
+        kept[f"{ratio:g}"] = float(share.read_text(encoding="utf-8"))
     runners = {name: bench.recipe.export[0].open(path, 1) for name, path in files.items()}
     found: dict[str, Any] = {name: {"kept": kept[name], "processor": processor_name()} for name in files}
     for size in (1, 8):
