@@ -86,7 +86,7 @@ def repaired(
         told["blocks"] = {}
         for number, block in enumerate(blocks):
             lesson = LiveLesson(original, context.call, maker.made(plan.block_steps, number), [block.path])
-            rates = _rates(model, latents, [block], plan.rate)
+            rates = _rates(model, latents, [block], plan.rate, block)
             course = _course(plan, plan.block_steps, None if share is None else share / len(blocks))
             taught = distil(model, context.call, lesson, rates, every, course, _said(context, f"repair of {block.path}"))
             told["blocks"][block.path] = taught.json()
@@ -118,18 +118,21 @@ def _inside(latents: Mapping[str, Latent], block: Block) -> bool:
     return any(path.startswith(f"{block.path}.") for path in latents)
 
 
-def _rates(model: nn.Module, latents: Mapping[str, Latent], blocks: Sequence[Block], rate: float) -> dict[str, float]:
+def _rates(
+    model: nn.Module, latents: Mapping[str, Latent], blocks: Sequence[Block], rate: float, alone: Block | None = None
+) -> dict[str, float]:
     """Names of what is trained, with the rate of each: a share of its own size, biases and norms of the size of weights."""
     places = tuple(f"{block.path}." for block in blocks)
-    chosen = {path: latent for path, latent in latents.items() if path.startswith(places) or not places}
+    chosen = dict(latents) if alone is None else {path: one for path, one in latents.items() if path.startswith(places)}
     sizes = {path: _size(latent.weight) for path, latent in chosen.items()}
     usual = statistics.median(sizes.values())
     norms = {site.path for block in blocks for site in block.sites if site.kind == "norm"}
     rates: dict[str, float] = {}
     for name, parameter in model.named_parameters():
-        if not name.startswith(places) or parameter.dtype != torch.float32:
-            continue
         owner, _, kind = name.rpartition(".")
+        inside = name.startswith(places) or owner in chosen or owner.removesuffix(".activation") in chosen
+        if not inside or parameter.dtype != torch.float32:
+            continue
         if owner in chosen and kind in ("weight", "scale"):
             rates[name] = rate * max(_size(parameter), 1e-8)
         elif isinstance(model.get_submodule(owner), LatentActivation):

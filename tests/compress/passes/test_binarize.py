@@ -313,3 +313,10 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
     with pytest.raises(ValidationError, match=told):
         Binarize(**options)
     assert DIGITS.inputs
+
+
+def test_sites_outside_blocks_are_trained_too() -> None:
+    trial = tried(Binarize(sites=["head"], repair=20, repair_rows=16), *digits())
+    assert list(_report(trial)["sites"]) == ["head"]
+    assert _report(trial)["repair"]["whole"]["parameters"] > 0
+    assert trial.sqnr_db > tried(Binarize(sites=["head"], repair=0), *digits()).sqnr_db
