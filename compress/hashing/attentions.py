@@ -17,7 +17,7 @@ from compress.layers import HashedAttention, TopKAttention
 from compress.layers.attached import attached_to
 from compress.layers.redirected import Redirecting
 
-__all__ = ["Call", "Hashable", "find_attentions", "listening"]
+__all__ = ["Call", "Hashable", "Heard", "find_attentions", "listening"]
 
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax)
 
