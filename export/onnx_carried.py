@@ -353,6 +353,8 @@ def _integer_product(b: Lowering, x: Held, carried: Carried, bias: Held | None, 
     Add, less the Add (4 % of a small encoder's time). OpenVINO reads it as the Q/DQ that it is, at the same speed."""
     assert x.quantized is not None
     codes, step, zero = x.quantized
+    if bias is not None:
+        bias = b.halved(bias) or bias
     inside = bias if bias is not None and bias.rank == 1 else None
     if carried.groups > 1:
         (weight, scale), shift = _eight_bits(b, carried), None

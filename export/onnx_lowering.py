@@ -31,6 +31,8 @@ LOWERINGS: dict[str, Callable[..., Any]] = {}
 WIDE: set[str] = set()
 """Overloads whose lowering takes float32 values in a float16 graph (sums of squares, which would overflow)."""
 
+_FEW = 64
+"""Fewer numbers than these are not worth a node."""
 _SHARED_BYTES = 4096
 _ONNX_TYPES = {
     torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.int64: "INT64",
@@ -156,6 +158,19 @@ class Lowering:
         """A constant as a value of the graph: nothing is folded into it."""
         return Held(held.shape, held.dtype, value=self.of(held), name=held.name)
 
+    def halved(self, held: Held) -> Held | None:
+        """Constant float32 numbers that are float16 numbers, stored as such and widened by a Cast, which runtimes fold at load.
+
+        None where they are not, where there are few of them, and in files for TensorRT.
+        """
+        numbers = held.const
+        if self.dialect == "tensorrt" or numbers is None or numbers.numel() < _FEW or numbers.dtype != torch.float32:
+            return None
+        if held.exact or self.compute != torch.float32 or not torch.equal(numbers.half().float(), numbers):
+            return None
+        half = Held(held.shape, torch.float16, const=numbers.half(), name=held.name, exact=True)
+        return self.cast(self.pinned(half), torch.float32)
+
     def ints(self, *values: int) -> Held:
         return self.constant(list(values), torch.int64)
 
@@ -179,6 +194,8 @@ class Lowering:
     def _initializer(self, held: Held) -> ir.Value:
         tensor = held.const
         assert tensor is not None
+        if held.name.endswith(".activation.factor") and (half := self.halved(held)) is not None:
+            return self.of(half)
         held.dtype = held.dtype if held.exact else self.narrow(held.dtype)
         small = tensor.nbytes <= _SHARED_BYTES
         origin, tensor = tensor, _cast(tensor, held.dtype)

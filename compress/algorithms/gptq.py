@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calibrate.grid import Grid
+from compress.algorithms.pair_sums import PairLimit
 
 __all__ = ["NotPositiveDefinite", "gptq", "output_error", "refined"]
 
@@ -29,6 +30,7 @@ def gptq(
     *,
     damping: float = 0.01,
     order: bool = True,
+    limit: PairLimit | None = None,
 ) -> Tensor:
     """Codes (int8 [O, I]) for a weight by GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1).
 
@@ -43,6 +45,7 @@ def gptq(
         scale, zero_point: of ``Grid``, as ``calibrate.ranges.storable`` makes them.
         damping: fraction of the mean diagonal that is added to the diagonal.
         order: round the columns with the largest second moments first.
+        limit: what neighbouring codes may be together; the nearest codes that are kept are then those that it leaves.
 
     Raises:
         NotPositiveDefinite: the Hessian plus damping has no Cholesky factor.
@@ -55,6 +58,9 @@ def gptq(
     places = diagonal.argsort(descending=True, stable=True) if order else torch.arange(len(diagonal), device=weight.device)
     factor = _inverse_factor(moments[places][:, places], damping)
     codes = torch.empty_like(weight)
+    done = torch.zeros(len(places), dtype=torch.bool)
+    order_of = torch.empty_like(places)
+    order_of[places] = torch.arange(len(places), device=places.device)
     left = weight[:, places]
     for start in range(0, left.shape[1], _COLUMNS):
         end = min(start + _COLUMNS, left.shape[1])
@@ -62,17 +68,32 @@ def gptq(
         for column in range(start, end):
             place = int(places[column])
             values = left[:, column]
-            chosen, back = _nearest(values, grid, steps[:, place], None if shifts is None else shifts[:, place])
+            step, shift = steps[:, place], None if shifts is None else shifts[:, place]
+            if limit is None or place ^ 1 >= len(places):
+                chosen, back = _nearest(values, grid, step, shift)
+            else:
+                partner = place ^ 1
+                waits = not bool(done[partner])
+                beside = left[:, order_of[partner]] if waits else codes[:, partner]
+                chosen, back = _within(limit, place, values, beside, waits, grid, (steps, shifts))
+                done[place] = True
             codes[:, place] = chosen
             error = (values - back) / factor[column, column]
             left[:, column:end] -= error.unsqueeze(1) * factor[column, column:end]
             errors[:, column - start] = error
         left[:, end:] -= errors @ factor[start:end, end:]
-    return _no_worse(weight, codes.to(torch.int8), hessian, grid, scale, zero_point)
+    return _no_worse(weight, codes.to(torch.int8), hessian, grid, scale, zero_point, limit)
 
 
 def refined(
-    weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None, sweeps: int
+    weight: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    sweeps: int,
+    limit: PairLimit | None = None,
 ) -> Tensor:
     """The codes after ``sweeps`` rounds of coordinate descent on the layer's output error: no row's error ever grows.
 
@@ -95,6 +116,9 @@ def refined(
                 best = values[:, column] + slopes[:, column - start] / curvature
                 shift = None if shifts is None else shifts[:, column]
                 chosen, back = _nearest(best, grid, steps[:, column], shift)
+                if limit is not None and column ^ 1 < weight.shape[1]:
+                    chosen = chosen.clamp(*limit.bounds((column, column ^ 1), codes[:, column ^ 1]))
+                    back = _value(chosen, steps[:, column], shift)
                 moved = values[:, column] - back
                 codes[:, column], values[:, column] = chosen, back
                 error[:, column] += moved
@@ -110,10 +134,46 @@ def output_error(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian.float()) * error).sum(1)
 
 
-def _no_worse(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def _no_worse(
+    weight: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    limit: PairLimit | None,
+) -> Tensor:
     nearest = grid.quantize(weight, scale, zero_point)
+    if limit is not None:
+        nearest = limit.project(nearest)
     errors = [output_error(weight, grid.dequantize(given, scale, zero_point), hessian) for given in (codes, nearest)]
     return torch.where((errors[0] <= errors[1]).unsqueeze(1), codes, nearest)
+
+
+def _within(
+    limit: PairLimit,
+    place: int,
+    values: Tensor,
+    partner: Tensor,
+    waits: bool,
+    grid: Grid,
+    parameters: tuple[Tensor, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """As ``_nearest``, for one input beside its partner: that one's weights, while it waits to be rounded, or its codes."""
+    steps, shifts = parameters
+    step, shift = steps[:, place], None if shifts is None else shifts[:, place]
+    if waits:
+        mine, theirs = values / step, partner / steps[:, place ^ 1]
+        if shifts is not None:
+            mine, theirs = mine + shifts[:, place], theirs + shifts[:, place ^ 1]
+        chosen = limit.share((place, place ^ 1), mine, theirs).round().clamp(grid.low, grid.high)
+    else:
+        chosen = _nearest(values, grid, step, shift)[0].clamp(*limit.bounds((place, place ^ 1), partner))
+    return chosen, _value(chosen, step, shift)
+
+
+def _value(codes: Tensor, step: Tensor, shift: Tensor | None) -> Tensor:
+    return codes * step if shift is None else (codes - shift) * step
 
 
 def _nearest(values: Tensor, grid: Grid, step: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,21 @@ from calibrate.modes import modes_kept
 from calibrate.signature import Batch
 from compress.width.restart import first_tensor
 
-__all__ = ["MOST_BYTES", "OUTPUT", "Heard", "Packed", "Part", "Store", "count", "hear", "still"]
+__all__ = [
+    "MOST_BYTES",
+    "OUTPUT",
+    "Heard",
+    "Packed",
+    "Part",
+    "Store",
+    "answering",
+    "calls_of",
+    "count",
+    "done_before",
+    "hear",
+    "shape_of",
+    "still",
+]
 
 Call = Callable[[nn.Module, Batch], Tensor]
 Heard = dict[str, Tensor]
@@ -56,7 +70,7 @@ class Part:
         first = next((part[0] for part in self.batches if part), None)
         if first is None:
             return
-        done = _done_before(model, call, first, owners, blocks)
+        done = done_before(model, call, first, owners, blocks)
         if done:
             self._remember(done)
 
@@ -67,7 +81,7 @@ class Part:
     def heard(self, which: int, number: int) -> Heard:
         """What comes out for a batch now; ``which``: 0 of those to learn from, 1 of the held-out."""
         before = self.memory[which][number] if self.memory[which] else {}
-        with _answering(self.model, before):
+        with answering(self.model, before):
             return hear(self.model, self.call, self.batches[which][number], self.paths, self.output)
 
     @torch.no_grad()
@@ -78,9 +92,9 @@ class Part:
         memory: tuple[list[dict[str, list[Any]]], ...] = ([], [])
         for part, kept in zip(self.batches, memory, strict=True):
             for batch in part:
-                calls = _calls(self.model, self.call, batch, done)
+                calls = calls_of(self.model, self.call, batch, done)
                 last = done[-1]
-                found = {path: [_pytree.tree_map(_shape_of, output) for output in calls[path]] for path in done[:-1]}
+                found = {path: [_pytree.tree_map(shape_of, output) for output in calls[path]] for path in done[:-1]}
                 packed = store.packed_all(calls[last], count([batch]))
                 if packed is None:
                     return
@@ -190,7 +204,7 @@ def hear(model: nn.Module, call: Call, batch: Batch, paths: Mapping[str, str | N
     return heard
 
 
-def _done_before(model: nn.Module, call: Call, batch: Batch, owners: Sequence[str], blocks: Sequence[str]) -> list[str]:
+def done_before(model: nn.Module, call: Call, batch: Batch, owners: Sequence[str], blocks: Sequence[str]) -> list[str]:
     """The blocks that are done before the first of the owners runs, in the order in which they end."""
     order: list[tuple[str, str]] = []
     handles = []
@@ -210,7 +224,7 @@ def _done_before(model: nn.Module, call: Call, batch: Batch, owners: Sequence[st
     return [path for path in dict.fromkeys(before) if path not in after]
 
 
-def _calls(model: nn.Module, call: Call, batch: Batch, paths: Sequence[str]) -> dict[str, list[Any]]:
+def calls_of(model: nn.Module, call: Call, batch: Batch, paths: Sequence[str]) -> dict[str, list[Any]]:
     """What the modules give, call by call; nothing after the last of them is run."""
     found: dict[str, list[Any]] = {path: [] for path in paths}
     handles = []
@@ -236,7 +250,7 @@ def _calls(model: nn.Module, call: Call, batch: Batch, paths: Sequence[str]) -> 
 
 
 @contextmanager
-def _answering(model: nn.Module, before: Mapping[str, list[Any]]) -> Iterator[None]:
+def answering(model: nn.Module, before: Mapping[str, list[Any]]) -> Iterator[None]:
     """Modules give what they gave before, call by call."""
 
     def answer(calls: list[Any]) -> Callable[..., Any]:
@@ -261,7 +275,7 @@ def _unpacked(leaf: Any) -> Any:
     return leaf.tensor.clone() if isinstance(leaf, Packed) else leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _shape_of(leaf: Any) -> Any:
+def shape_of(leaf: Any) -> Any:
     """Zeros of the same shape that take no memory: nobody reads them but a block that does not run."""
     return leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from calibrate.capture import Captured
 from calibrate.grid import Grid
 from calibrate.ranges import Channels, RangeObserver, storable
-from compress.algorithms.rounding import rounding_loss
+from compress.algorithms.pair_sums import PairLimit, largest_codes
+from compress.algorithms.rounding import integer_multiples, rounding_loss
 from compress.algorithms.smoothing import Smoothing
 from compress.layers.conversion import QuantizedLayer, weight_of
-from compress.layers.quantized import QuantConv2d
+from compress.layers.quantized import QuantConv2d, QuantLinear
 
-__all__ = ["Seen", "column_energy", "finite", "fit_input", "shift_bias", "store_weight"]
+__all__ = ["Seen", "column_energy", "finite", "fit_input", "pair_limit", "shift_bias", "shorten_bias", "store_weight"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,32 @@ def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dic
     return says | {"range": [low, high], "scale": float(scale), "zero_point": int(activation.zero_point)}
 
 
+def pair_limit(layer: QuantizedLayer, seen: Seen, scale: Tensor, zero_point: Tensor | None) -> PairLimit | None:
+    """What neighbouring codes of a linear layer may be together, when its input has its grid; None where any may.
+
+    Args:
+        scale, zero_point: that the weight's codes will have.
+    """
+    activation, grid = layer.activation, layer.quantized_weight.grid
+    if not isinstance(layer, QuantLinear) or activation is None or activation.kind != "static":
+        return None
+    grouped = scale.shape[1] > 1
+    if (whole := integer_multiples(scale, grid) if grouped else None) is None and (
+        grouped or grid.bits < 8 or not grid.symmetric
+    ):
+        return None
+    factor = torch.ones(1) if seen.smoothed is None else seen.smoothed.factor
+    high = (seen.channels.high * factor).to(scale)
+    energy = (seen.channels.mean_square * factor.square()).to(scale)
+    columns = layer.in_features // scale.shape[1]
+    return PairLimit(
+        largest_codes(high, activation.scale, activation.zero_point),
+        energy.clamp(min=1e-6 * float(energy.mean()) + 1e-30),
+        None if whole is None else whole.repeat_interleave(columns, 1),
+        zero_point.to(scale).repeat_interleave(columns, 1) if grouped and zero_point is not None else None,
+    )
+
+
 def store_weight(
     layer: QuantizedLayer, weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None
 ) -> dict[str, Any]:
@@ -127,6 +154,13 @@ def shift_bias(layer: QuantizedLayer, weight: Tensor, mean: Tensor) -> float:
     shift = _mean_output(layer, weight.float() - layer.weight, mean)
     layer.bias += shift
     return float(shift.abs().max())
+
+
+def shorten_bias(layer: QuantizedLayer) -> None:
+    """Rounds the bias to float16 numbers, which files hold in half the bytes: 2**-11 of itself, far less than its input's
+    rounding costs. One beyond their range stays as it is."""
+    if layer.bias is not None and float(layer.bias.abs().max()) < 65504:
+        layer.bias.copy_(layer.bias.half().float())
 
 
 def _mean_output(layer: QuantizedLayer, weight: Tensor, mean: Tensor) -> Tensor:

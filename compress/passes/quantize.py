@@ -31,10 +31,12 @@ class Quantize(Pass):
 
     A weight becomes integer codes with one scale for each output channel, group of inputs or tensor; it is rounded to
     the nearest code (Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295), or so that the layer's
-    output on the calibration rows changes least (``rounding: gptq``; Frantar et al. 2023, arXiv 2210.17323), block after
-    block, on the inputs that the blocks already quantized give. Static activations get one scale for each tensor from
-    calibration rows, in which padded positions do not count; layers that read the same tensor share its scale. Scales are
-    float16 numbers, so that every artifact holds the same ones.
+    output on the calibration rows changes least (``rounding: gptq``; Frantar et al. 2023, arXiv 2210.17323; ``adaround``: Nagel
+    et al. 2020, arXiv 2004.10568), block after block, on the inputs that the blocks already quantized give. ``reconstruct``
+    begins with GPTQ; then codes, each by one at most, and biases of a block learn to give the float block's output (Li et al.
+    2021, arXiv 2102.05426), on three of four batches of the calibration rows; the others judge what stays. Static
+    activations get one scale for each tensor from calibration rows, in which padded positions do not count; layers that read
+    the same tensor share its scale. Scales are float16 numbers, so that every artifact holds the same ones.
 
     Factors that smooth an input (``smooth``) move into the norm or the projection that makes the input wherever nothing
     else reads it, which costs nothing when the model runs: that layer's weight and bias change too, though it is no target.
@@ -61,8 +63,9 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     source: ClassVar[str] = (
         "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
-        "Frantar et al. 2023, arXiv 2210.17323; Behdin et al. 2023, arXiv 2309.01885; engine: nncf: Kozlov et al. 2020, arXiv "
-        "2002.08679; mixed: Hubara et al. 2020, arXiv 2006.10518"
+        "Frantar et al. 2023, arXiv 2210.17323; Nagel et al. 2020, arXiv 2004.10568; Li et al. 2021, arXiv 2102.05426; Behdin et "
+        "al. 2023, arXiv 2309.01885; engine: nncf: Kozlov et al. 2020, arXiv 2002.08679; mixed: Hubara et al. 2020, arXiv "
+        "2006.10518"
     )
     needs_calibration: ClassVar[bool] = True
 
@@ -160,10 +163,15 @@ class Quantize(Pass):
     smooth_below_db: float = Field(
         28.0, description="Expected SQNR of a layer's output, in dB, below which factors are worth a multiplication."
     )
-    rounding: Literal["nearest", "gptq"] = Field(
+    rounding: Literal["nearest", "gptq", "adaround", "reconstruct"] = Field(
         "nearest",
         description="nearest: each weight to its nearest code; gptq: the weights of linear layers so that the layer's output "
-        "on the calibration rows changes least. Needs at least as many positions in the rows as a layer has inputs.",
+        "on the calibration rows changes least; adaround: the same, each weight up or down, by descent; reconstruct: after gptq, "
+        "codes and biases of a block learn together to give what the float block gave, and keep what held-out rows confirm. "
+        "All but nearest need at least as many positions in the rows as a layer has inputs.",
+    )
+    rounding_steps: PositiveInt = Field(
+        200, le=100_000, description="Steps of descent: a layer's with rounding: adaround, a block's with reconstruct."
     )
     damping: float = Field(0.01, gt=0, le=1, description="Part of the mean diagonal that is added to GPTQ's Hessian.")
     column_order: bool = Field(True, description="GPTQ rounds the inputs with the largest second moments first.")
@@ -177,6 +185,13 @@ class Quantize(Pass):
         True,
         description="Adds to each bias what rounding takes from the layer's mean output on the calibration rows "
         "(Nagel et al. 2019, arXiv 1906.04721, sec. 4.2). Only with static activations or rounding: gptq.",
+    )
+    pair_sums: Literal["free", "bounded"] = Field(
+        "free",
+        description="bounded: x86 processors without VNNI add two neighbouring products of 8-bit inputs and weights in 16 bits, "
+        "and cut off what does not fit; weights for which that would happen (with the largest inputs of the calibration rows and "
+        "an eighth more) give way, so that files compute there what they compute elsewhere. For linear layers with static inputs "
+        "and weights without zero points, or with group_scales: multiples.",
     )
     scale_estimation: bool = Field(
         False,
@@ -200,6 +215,10 @@ class Quantize(Pass):
             if self.mixed is not None and bits not in (None, 8):
                 what = f"mixed chooses the bits, and {option}: {bits} would say nothing of them"
                 raise ValueError(f"{what}\nName {bits} among its candidates, and take {option} out or let it be 8.")
+        if self.mixed is not None and self.rounding == "reconstruct":
+            raise ValueError(
+                "mixed measures each site alone, and rounding: reconstruct rounds blocks together\nUse rounding: gptq."
+            )
         if wrong := nncf_refusal(self):
             raise ValueError(wrong)
         return self
@@ -258,7 +277,7 @@ class Quantize(Pass):
 
     @property
     def calibrates(self) -> bool:
-        return self.chooses or self.activations == "static" or self.rounding == "gptq" or self.engine == "nncf"
+        return self.chooses or self.activations == "static" or self.rounding != "nearest" or self.engine == "nncf"
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         if self.max_drop is not None:

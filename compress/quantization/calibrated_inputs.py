@@ -15,6 +15,7 @@ from calibrate.errors import UserError
 from calibrate.ranges import Channels, Observer, range_observer
 from calibrate.second_moment import SecondMoment
 from compress.algorithms.smoothing import Smoothing, balanced, smoothing
+from compress.distillation.walk import Walk
 from compress.layers.conversion import weight_of
 from compress.layers.fitting import Seen, column_energy
 from compress.quantization.folding import folds
@@ -79,18 +80,17 @@ def smoothed_inputs(step: Quantize, model: nn.Module, context: Context, jobs: li
     return inputs
 
 
-def second_moments(step: Quantize, model: nn.Module, context: Context, stage: list[Job], ties: Ties) -> dict[str, SecondMoment]:
-    """The second moments of the inputs of a stage's linear layers, as the model is now; none without GPTQ."""
+def second_moments(step: Quantize, model: nn.Module, walk: Walk, stage: list[Job], ties: Ties) -> dict[str, SecondMoment]:
+    """The second moments of the inputs of a stage's linear layers, as the model is now; none with ``rounding: nearest``."""
     kinds = ("linear", "conv1d")
     paths = [job.site.path for job in stage if job.site.kind in kinds and not ties.holders[job.site.path]]
     if step.rounding == "nearest" or not paths:
         return {}
     captured = capture(
         model,
-        context.call,
-        context.calibration(),
+        walk.call,
+        walk.pieces,
         {path: (SecondMoment(),) for path in paths},
-        batch_size=step.batch_size,
         whole=False,
     )
     if captured.silent:
@@ -104,7 +104,7 @@ def second_moments(step: Quantize, model: nn.Module, context: Context, stage: li
             needed = math.ceil(captured.rows * inputs / max(moment.count, 1))
             raise UserError(
                 step.name,
-                f"rounding: gptq at {path} needs {inputs} positions, and the {captured.rows} calibration rows have "
+                f"rounding: {step.rounding} at {path} needs {inputs} positions, and the {captured.rows} calibration rows have "
                 f"{moment.count}",
                 f"Use about {needed} rows, or rounding: nearest.",
             )
@@ -133,7 +133,7 @@ def _factors(step: Quantize, model: nn.Module, group: list[Job], seen: Seen) -> 
     channels = seen.channels
     low, high, mean_square = (statistic.to(weight.device) for statistic in (channels.low, channels.high, channels.mean_square))
     if step.smooth == "balanced":
-        share = _HALF if step.rounding == "gptq" else 1.0
+        share = 1.0 if step.rounding == "nearest" else _HALF
         return balanced(weight, low, high, mean_square, group[0].grid, input_grid(step), weight_share=share)
     return smoothing(weight, low, high, mean_square, group[0].grid, input_grid(step))
 

@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from calibrate.capture import split
 from calibrate.errors import UserError
+from calibrate.grid import Grid
 from calibrate.second_moment import SecondMoment
+from compress.algorithms.adaround import adaround
 from compress.algorithms.gptq import NotPositiveDefinite, gptq, output_error, refined
+from compress.algorithms.pair_sums import roomier
 from compress.algorithms.rounding import codes_of, multiples, scales_of
+from compress.distillation.walk import Walk
 from compress.layers import QuantEmbedding
 from compress.layers.conversion import QuantizedLayer, weight_of
-from compress.layers.fitting import Seen, fit_input, shift_bias, store_weight
+from compress.layers.fitting import Seen, fit_input, pair_limit, shift_bias, shorten_bias, store_weight
 from compress.quantization.calibrated_inputs import calibrated, second_moments, smoothed_inputs
 from compress.quantization.quantized_sites import Job, input_grid, plan_sites, site_job, site_layer
 from compress.quantization.site_options import SiteOptions
+from compress.quantization.wanted import Wanted
 from compress.tied import Ties
 
 if TYPE_CHECKING:
@@ -40,17 +46,26 @@ def round_sites(step: Quantize, model: nn.Module, context: Context) -> nn.Module
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
     ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
     report: dict[str, Any] = {}
-    for stage in _stages(step, jobs):
-        moments = second_moments(step, model, context, stage, ties)
+    blocks: dict[str, Any] = {}
+    wanted = Wanted(step, model, context)
+    for stage, walk, later in _walked(step, model, context, jobs):
+        moments = second_moments(step, model, walk, stage, ties)
+        teacher = wanted.of(stage, walk, later)
         with torch.no_grad():
             for job in stage:
                 path = job.site.path
                 context.progress(len(report), len(jobs), path)
+                if teacher is not None:
+                    teacher.keep(job, inputs.get(path), moments.get(path), ties)
                 report[path] = _convert(step, model, context, job, inputs.get(path), moments.get(path), ties)
         del moments
+        if teacher is not None and teacher.weights:
+            context.progress(len(report), len(jobs), f"reconstructs {teacher.block}")
+            blocks[teacher.block] = teacher.reconstruct(walk, inputs)
     context.progress(len(jobs), len(jobs), "quantized")
     context.report |= {
         "sites": report,
+        **({"blocks": blocks} if step.rounding == "reconstruct" else {}),
         "skipped": skipped,
         "ties": ties.said,
         "calibration_rows": captured.rows if captured else 0,
@@ -74,8 +89,8 @@ def site_layers(
     captured = calibrated(step, model, context, jobs)
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
     ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
-    for stage in _stages(step, jobs):
-        moments = second_moments(step, model, context, stage, ties)
+    for stage, walk, _ in _walked(step, model, context, jobs):
+        moments = second_moments(step, model, walk, stage, ties)
         for job in stage:
             path, made = job.site.path, []
             for options in settings[path]:
@@ -91,7 +106,21 @@ def _stages(step: Quantize, jobs: list[Job]) -> list[list[Job]]:
     """The jobs that are rounded on the same state of the model: all, or with GPTQ those of a block."""
     if step.rounding == "nearest":
         return [jobs]
+    if step.rounding == "reconstruct":
+        return [list(stage) for _, stage in itertools.groupby(jobs, key=lambda job: job.site.block)]
     return [list(stage) for _, stage in itertools.groupby(jobs, key=lambda job: (job.site.block, job.site.kind))]
+
+
+def _walked(step: Quantize, model: nn.Module, context: Context, jobs: list[Job]) -> Iterator[tuple[list[Job], Walk, list[str]]]:
+    """The stages one after the other, the rows as they reach each, and the paths of the stages after it: blocks that are
+    finished are not run again."""
+    stages = _stages(step, jobs)
+    walk = Walk(model, context.call, [] if step.rounding == "nearest" else split(context.calibration(), step.batch_size))
+    blocks = [block.path for block in context.anatomy.blocks]
+    for number, stage in enumerate(stages):
+        later = [job.site.path for rest in stages[number + 1 :] for job in rest]
+        walk.reach([*(job.site.path for job in stage), *later], blocks)
+        yield stage, walk, later
 
 
 def _convert(
@@ -115,7 +144,7 @@ def _filled(
     layer = site_layer(step, model, job, None if factor is None else weight.shape[1]).to(weight.device)
     if layer.bias is not None:
         layer.bias.copy_(module.get_parameter("bias"))
-    says = _round(step, path, layer, weight if factor is None else weight / factor, factor, moment)
+    inputs: dict[str, Any] = {}
     if seen is not None:
         if seen.nothing:
             raise UserError(
@@ -123,15 +152,24 @@ def _filled(
                 f"the input of {path} is always 0 on the calibration rows: it has no range",
                 f"Use rows that reach it, or leave it float with skip: [{path}].",
             )
-        says["activation"] = fit_input(layer, seen, input_grid(step), step.range)
+        inputs["activation"] = fit_input(layer, seen, input_grid(step), step.range)
+    says = _round(step, path, layer, weight if factor is None else weight / factor, factor, moment, seen) | inputs
     mean = seen.mean if seen is not None else None if moment is None else moment.mean
     if step.bias_correction and layer.bias is not None and mean is not None:
         says["bias_correction"] = shift_bias(layer, weight, mean)
+    if seen is not None:
+        shorten_bias(layer)
     return layer, says
 
 
 def _round(
-    step: Quantize, path: str, layer: QuantizedLayer, weight: Tensor, factor: Tensor | None, moment: SecondMoment | None
+    step: Quantize,
+    path: str,
+    layer: QuantizedLayer,
+    weight: Tensor,
+    factor: Tensor | None,
+    moment: SecondMoment | None,
+    seen: Seen | None,
 ) -> dict[str, Any]:
     """Gives the layer its codes and says how."""
     grid = layer.quantized_weight.grid
@@ -140,11 +178,22 @@ def _round(
     if step.group_scales == "multiples" and grid.granularity == "group" and not isinstance(layer, QuantEmbedding):
         scale = multiples(scale, grid)
     nearest = codes_of(weight, grid, scale, zero_point)
+    says: dict[str, Any] = {}
+    limit = pair_limit(layer, seen, scale, zero_point) if step.pair_sums == "bounded" and seen is not None else None
+    if limit is not None:
+        says["overflowing_pairs"] = limit.overflowing(nearest)
+        if grid.symmetric and grid.granularity != "group":
+            scale = roomier(weight, grid, scale, limit)
+        nearest = limit.project(codes_of(weight, grid, scale, zero_point))
     if moment is None:
-        return store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"}
+        return says | store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"}
     hessian = moment.matrix if factor is None else moment.matrix * factor * factor.unsqueeze(1)
     try:
-        codes = gptq(weight, hessian, grid, scale, zero_point, damping=step.damping, order=step.column_order)
+        if step.rounding == "adaround":
+            codes = adaround(weight, hessian, grid, scale, zero_point, nearest, step.rounding_steps)
+            codes = codes if limit is None else limit.project(codes)
+        else:
+            codes = gptq(weight, hessian, grid, scale, zero_point, damping=step.damping, order=step.column_order, limit=limit)
     except NotPositiveDefinite as failure:
         if step.unfactorable == "stop":
             raise UserError(
@@ -152,8 +201,17 @@ def _round(
                 f"{path}: {failure}",
                 "Use more calibration rows, a larger damping, or unfactorable: nearest.",
             ) from failure
-        return store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest", "because": str(failure)}
-    codes = refined(weight, codes, hessian, grid, scale, zero_point, step.refinements)
-    errors = [float(output_error(weight, grid.dequantize(given, scale, zero_point), hessian).sum()) for given in (nearest, codes)]
-    gain = 10 * math.log10(errors[0] / errors[1]) if min(errors) > 0 else 0.0
-    return store_weight(layer, weight, codes, scale, zero_point) | {"rounding": "gptq", "rounding_gain_db": gain}
+        says |= store_weight(layer, weight, nearest, scale, zero_point)
+        return says | {"rounding": "nearest", "because": str(failure)}
+    codes = refined(weight, codes, hessian, grid, scale, zero_point, step.refinements, limit)
+    says["rounding"] = "adaround" if step.rounding == "adaround" else "gptq"
+    says["rounding_gain_db"] = _gain(weight, (nearest, codes), hessian, grid, scale, zero_point)
+    return says | store_weight(layer, weight, codes, scale, zero_point)
+
+
+def _gain(
+    weight: Tensor, given: tuple[Tensor, Tensor], hessian: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None
+) -> float:
+    """How many dB less the second codes cost the layer's output than the first."""
+    errors = [float(output_error(weight, grid.dequantize(codes, scale, zero_point), hessian).sum()) for codes in given]
+    return 10 * math.log10(errors[0] / errors[1]) if min(errors) > 0 else 0.0

@@ -196,7 +196,7 @@ def test_what_runs_before_is_remembered_and_gives_the_same(stack: Stack, split: 
     for number, model in enumerate(models):
         model.blocks[0].up.register_forward_hook(lambda m, a, o, n=number: ran.__setitem__(n, ran[n] + 1))
     first = taught(stack, models[0], split, epochs=5)
-    monkeypatch.setattr(listening, "_done_before", lambda *_: [])
+    monkeypatch.setattr(listening, "done_before", lambda *_: [])
     second = taught(stack, models[1], split, epochs=5)
     assert (first.remembered, second.remembered) == (True, False)
     assert first.loss_after == pytest.approx(second.loss_after, rel=1e-5)

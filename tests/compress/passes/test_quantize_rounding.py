@@ -1,0 +1,164 @@
+"""Rounding by descent: AdaRound, blocks that are reconstructed, and pairs of products that fit 16 bits."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from pydantic import ValidationError
+from trial import Trial, digits, rebuilt, tried
+
+from calibrate.errors import UserError
+from calibrate.fidelity import sqnr_db
+from compress.layers import QuantLinear
+from compress.passes.quantize import Quantize
+from export.graph import Traceable
+from export.to_onnx import OnnxExporter
+
+LOW = {"weights": 2, "group_size": 16, "activations": "none"}
+
+
+@functools.cache
+def made(rounding: str, **options: Any) -> Trial:
+    return tried(Quantize(**LOW, rounding=rounding, **options), *digits())
+
+
+def codes(trial: Trial) -> dict[str, torch.Tensor]:
+    layers = {path: layer for path, layer in trial.after.named_modules() if isinstance(layer, QuantLinear)}
+    return {path: layer.quantized_weight.integers() for path, layer in layers.items()}
+
+
+def test_adaround_is_better_than_the_nearest_codes() -> None:
+    nearest, by_descent = made("nearest"), made("adaround")
+    assert by_descent.sqnr_db > nearest.sqnr_db + 4
+    says = by_descent.context.report["sites"]["blocks.0.mlp.fc1"]
+    assert says["rounding"] == "adaround"
+    assert says["rounding_gain_db"] > 0
+
+
+def test_reconstruction_is_better_than_gptq_and_moves_codes_by_one() -> None:
+    begun, found = made("gptq"), made("reconstruct")
+    assert found.sqnr_db > begun.sqnr_db + 2
+    told = found.context.report["blocks"]
+    assert set(told) == {f"blocks.{number}" for number in range(4)}
+    for block in told.values():
+        assert block["sqnr_db_after"] >= block["sqnr_db_before"]
+        assert block["held_rows"] > 0
+        assert block["steps"] == 200
+    first = {path: (codes(found)[path].int() - codes(begun)[path].int()).abs() for path in codes(found) if "blocks.0" in path}
+    assert max(int(moved.max()) for moved in first.values()) == 1
+    assert torch.equal(found.outputs(rebuilt(found)), found.outputs(found.after))
+
+
+def test_reconstruction_is_the_same_twice_and_keeps_the_float_parts() -> None:
+    first, again = (tried(Quantize(**LOW, rounding="reconstruct", rounding_steps=20), *digits()) for _ in range(2))
+    for name, tensor in first.after.state_dict().items():
+        assert torch.equal(tensor, again.after.state_dict()[name]), name
+    for name in ("norm.weight", "head.weight", "blocks.1.norm1.weight"):
+        assert torch.equal(first.after.state_dict()[name], first.before.state_dict()[name])
+    assert not any(parameter.requires_grad for layer in first.after.modules() if isinstance(layer, QuantLinear)
+                   for parameter in layer.parameters())  # fmt: skip
+
+
+def test_what_held_out_rows_do_not_confirm_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With targets that have nothing to do with the block nothing learnt is kept, or the check would be none."""
+    import compress.quantization.reconstruction as module
+
+    monkeypatch.setattr(module, "_TRAVEL", 1e4)
+    monkeypatch.setattr(module, "_BIAS_RATE", 1e6)
+    wild = tried(Quantize(**LOW, rounding="reconstruct", rounding_steps=5), *digits())
+    assert all(block["best_step"] == 0 for block in wild.context.report["blocks"].values())
+    begun = codes(made("gptq"))
+    assert all(torch.equal(one, begun[path]) for path, one in codes(wild).items())
+
+
+def test_static_inputs_and_convolutions_take_part() -> None:
+    options: dict[str, Any] = {"weights": 4, "granularity": "channel", "sites": ["attention.*", "mlp.*", "patch_embed"]}
+    begun, found = (tried(Quantize(**options, rounding=how), *digits()) for how in ("gptq", "reconstruct"))
+    assert found.sqnr_db > begun.sqnr_db + 0.5
+
+
+def test_too_few_rows_are_refused_by_name() -> None:
+    model, signature, rows = digits()
+    for rounding in ("adaround", "reconstruct"):
+        with pytest.raises(UserError, match=f"rounding: {rounding} at .* needs 256 positions"):
+            tried(Quantize(rounding=rounding), model, signature, [{"pixels": rows[0]["pixels"][:4]}])
+
+
+def test_mixed_bits_are_not_reconstructed() -> None:
+    with pytest.raises(ValidationError, match="rounds blocks together"):
+        Quantize.model_validate({"mixed": {"size_ratio": 0.5}, "rounding": "reconstruct"})
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround", "reconstruct"])
+def test_bounded_pairs_fit_sixteen_bits_on_the_calibration_rows_and_free_ones_do_not(rounding: str) -> None:
+    """Every layer gets the same large input codes, by weights that all point the same way."""
+    model, signature, rows = digits()
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.get_submodule("mlp.fc2").get_parameter("weight").abs_()
+    steps = 5 if rounding == "reconstruct" else 50
+    found = {}
+    for how in ("free", "bounded"):
+        trial = tried(Quantize(rounding=rounding, pair_sums=how, rounding_steps=steps, smooth=False), model, signature, rows)
+        found[how] = sum(map(_overflowing, *_seen(trial)))
+        level = trial.sqnr_db
+    assert found["bounded"] == 0
+    assert found["free"] > 0
+    assert level > 20
+
+
+def _seen(trial: Trial) -> tuple[list[QuantLinear], list[torch.Tensor]]:
+    """Layers, and the unsigned codes that each receives."""
+    layers, inputs = [], []
+
+    def hook(layer: Any, args: Any) -> None:
+        grid = layer.activation
+        x = (args[0] / grid.scale).round() + grid.zero_point.float()
+        layers.append(layer)
+        inputs.append((x.clamp(-128, 127) + 128).reshape(-1, x.shape[-1]))
+
+    handles = [m.register_forward_pre_hook(hook) for m in trial.after.modules() if isinstance(m, QuantLinear)]
+    trial.outputs(trial.after)
+    for handle in handles:
+        handle.remove()
+    return layers, inputs
+
+
+def _overflowing(layer: QuantLinear, inputs: torch.Tensor) -> int:
+    weight = layer.quantized_weight.integers().float()
+    sums = [
+        inputs[:, j : j + 1] * weight[:, j] + inputs[:, j + 1 : j + 2] * weight[:, j + 1] for j in range(0, weight.shape[1], 2)
+    ]
+    return sum(int(((one > 32767) | (one < -32768)).sum()) for one in sums)
+
+
+def test_a_file_computes_what_the_model_does_without_vnni_too(tmp_path: Path) -> None:
+    model, signature, rows = digits()
+    trial = tried(Quantize(pair_sums="bounded", activation_symmetric=False), model, signature, rows)
+    path = tmp_path / "model.onnx"
+    OnnxExporter().write(Traceable(trial.after, signature, {"pixels": rows[0]["pixels"][:2]}, "digits"), path)
+    session = onnxruntime.InferenceSession(str(path))
+    given = [session.run(None, {"pixels": np.asarray(batch["pixels"])})[0] for batch in rows]
+    assert sqnr_db(trial.outputs(trial.after), torch.from_numpy(np.concatenate(given))) > 40
+
+
+def test_biases_and_factors_lie_in_the_file_as_float16(tmp_path: Path) -> None:
+    model, signature, rows = digits()
+    trial = tried(Quantize(smooth="balanced", smooth_below_db=100), model, signature, rows)
+    layers = [layer for layer in trial.after.modules() if isinstance(layer, QuantLinear)]
+    assert all(layer.bias is not None and torch.equal(layer.bias, layer.bias.half().float()) for layer in layers)
+    path = tmp_path / "model.onnx"
+    OnnxExporter().write(Traceable(trial.after, signature, {"pixels": rows[0]["pixels"][:2]}, "digits"), path)
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(str(path)).graph.initializer}
+    short = [name for name in kinds if name.endswith((".activation.factor", "fc1.bias", "qkv.bias"))]
+    assert any(name.endswith(".factor") for name in short)
+    assert {kinds[name] for name in short} == {onnx.TensorProto.FLOAT16}
