@@ -101,5 +101,5 @@ def saturation_warning(model: nn.Module, runtimes: Iterable[str]) -> str | None:
     places = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
     return (
         f"this processor has no exact 8-bit products (x86 without VNNI): in {told} sums can saturate in {places}, and the "
-        "figures hold for such processors only. quantize: {reduce_range: true} makes files that every processor computes alike."
+        "figures hold for such processors only. quantize: {reduce_range: pairs} makes files that every processor computes alike."
     )

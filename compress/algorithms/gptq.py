@@ -45,7 +45,8 @@ def gptq(
         scale, zero_point: of ``Grid``, as ``calibrate.ranges.storable`` makes them.
         damping: fraction of the mean diagonal that is added to the diagonal.
         order: round the columns with the largest second moments first.
-        limit: what neighbouring codes may be together; the nearest codes that are kept are then those that it leaves.
+        limit: what neighbouring codes of a symmetric grid may be together; the nearest codes that are kept are then those that it
+            leaves.
 
     Raises:
         NotPositiveDefinite: the Hessian plus damping has no Cholesky factor.
@@ -117,7 +118,7 @@ def refined(
                 shift = None if shifts is None else shifts[:, column]
                 chosen, back = _nearest(best, grid, steps[:, column], shift)
                 if limit is not None and column ^ 1 < weight.shape[1]:
-                    chosen = chosen.clamp(*limit.bounds((column, column ^ 1), codes[:, column ^ 1]))
+                    chosen = chosen.clamp(*limit.bounds(codes[:, column ^ 1]))
                     back = _value(chosen, steps[:, column], shift)
                 moved = values[:, column] - back
                 codes[:, column], values[:, column] = chosen, back
@@ -164,11 +165,9 @@ def _within(
     step, shift = steps[:, place], None if shifts is None else shifts[:, place]
     if waits:
         mine, theirs = values / step, partner / steps[:, place ^ 1]
-        if shifts is not None:
-            mine, theirs = mine + shifts[:, place], theirs + shifts[:, place ^ 1]
         chosen = limit.share((place, place ^ 1), mine, theirs).round().clamp(grid.low, grid.high)
     else:
-        chosen = _nearest(values, grid, step, shift)[0].clamp(*limit.bounds((place, place ^ 1), partner))
+        chosen = _nearest(values, grid, step, shift)[0].clamp(*limit.bounds(partner))
     return chosen, _value(chosen, step, shift)
 
 

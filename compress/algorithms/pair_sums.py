@@ -16,24 +16,13 @@ from torch import Tensor
 from calibrate.grid import Grid
 from calibrate.ranges import storable
 
-__all__ = ["PairLimit", "largest_codes", "roomier"]
+__all__ = ["PairLimit", "roomier"]
 
 Places = tuple[int, int] | tuple[slice, slice]
-_MOST = 32767
-_WIDER = (1.0, 1.04, 1.08, 1.13, 1.19, 1.26, 1.35)
+_MOST = 128
+"""Two products with inputs of 255 then sum to 32640 at most."""
+_WIDER = (1.0, 1.05, 1.1, 1.17, 1.25, 1.4, 1.6, 2.0)
 """Scales that are tried, over the one that covers every weight."""
-
-
-def largest_codes(high: Tensor, scale: Tensor, zero_point: Tensor, reserve: float = 0.125) -> Tensor:
-    """[I]: the largest unsigned 8-bit code that each input is given, from its largest value on calibration rows [I].
-
-    Args:
-        scale, zero_point: of the input's grid; signed codes, so that the unsigned one of zero is ``zero_point + 128``.
-        reserve: how much farther from zero than seen, as a part of it, an input may be on other rows.
-    """
-    zero = zero_point.float() + 128
-    reach = (high.float().clamp(min=0.0) / scale.float() * (1 + reserve)).ceil()
-    return (zero + reach).clamp(max=255.0)
 
 
 @dataclass(frozen=True)
@@ -41,16 +30,10 @@ class PairLimit:
     """What the codes of a weight [O, I] may be, so that no sum of two neighbouring products leaves 16 bits.
 
     Attributes:
-        largest: [I], of ``largest_codes``.
         importance: [I], what an error of each input's weight counts when a pair has to give way.
-        factor: [O, I] or what expands to it: the integer weight is ``(code - shift) * factor``.
-        shift: the same, or None where it is 0.
     """
 
-    largest: Tensor
     importance: Tensor
-    factor: Tensor | None = None
-    shift: Tensor | None = None
 
     def holds(self, codes: Tensor) -> Tensor:
         """[O]: whether every pair of a row's codes [O, I] keeps to it."""
@@ -64,8 +47,7 @@ class PairLimit:
 
     def loose(self, codes: Tensor) -> Tensor:
         """[O, I]: 1 where a code may move by one whatever its partner does, 0 elsewhere."""
-        whole = codes.float() if self.shift is None else codes.float() - self.shift
-        reach = (whole.abs() + 1) * self.largest * (1.0 if self.factor is None else self.factor)
+        reach = codes.float().abs() + 1
         if reach.shape[1] % 2:
             reach = torch.nn.functional.pad(reach, (0, 1))
         fits = (reach.reshape(reach.shape[0], -1, 2).sum(-1) <= _MOST).float()
@@ -79,8 +61,8 @@ class PairLimit:
         first, second = made[:, 0:even:2].clone(), made[:, 1:even:2].clone()
         places = slice(0, even, 2), slice(1, even, 2)
         kept = self.share(places, first, second).round()
-        made[:, 1:even:2] = second.clamp(*self.bounds(places[::-1], kept))
-        made[:, 0:even:2] = first.clamp(*self.bounds(places, made[:, 1:even:2]))
+        made[:, 1:even:2] = second.clamp(*self.bounds(kept))
+        made[:, 0:even:2] = first.clamp(*self.bounds(made[:, 1:even:2]))
         return made.to(torch.int8)
 
     def share(self, places: Places, own: Tensor, partner: Tensor) -> Tensor:
@@ -90,40 +72,20 @@ class PairLimit:
         Args:
             places: of the inputs and of their partners: two numbers (codes are [O]) or two slices (codes are [O, inputs]).
         """
-        mine, theirs = self._integer(places[0], own), self._integer(places[1], partner)
-        sizes = self.largest[places[0]], self.largest[places[1]]
-        excess = ((mine * sizes[0] + theirs * sizes[1]).abs() - _MOST).clamp(min=0.0) * (mine * theirs > 0)
-        parts = sizes[0].square() / self.importance[places[0]], sizes[1].square() / self.importance[places[1]]
-        given = excess * (parts[0] / (parts[0] + parts[1])) / sizes[0]
-        return self._code(places[0], mine - mine.sign() * given)
+        excess = ((own + partner).abs() - _MOST).clamp(min=0.0) * (own * partner > 0)
+        weights = self.importance[places[0]], self.importance[places[1]]
+        return own - own.sign() * excess * (weights[1] / (weights[0] + weights[1]))
 
-    def bounds(self, places: Places, partner: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest codes at some inputs, when their partners have these codes; ``places`` as in ``share``."""
-        size = self.largest[places[0]]
-        theirs = self._integer(places[1], partner) * self.largest[places[1]]
-        high = ((_MOST - theirs.clamp(min=0.0)) / size).clamp(min=0.0)
-        low = -((_MOST + theirs.clamp(max=0.0)) / size).clamp(min=0.0)
-        return self._code(places[0], low).ceil(), self._code(places[0], high).floor()
+    def bounds(self, partner: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest codes of inputs, when their partners have these."""
+        return -(_MOST + partner.clamp(max=0.0)).clamp(min=0.0), (_MOST - partner.clamp(min=0.0)).clamp(min=0.0)
 
     def _sums(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         whole = codes.float()
-        if self.shift is not None:
-            whole = whole - self.shift
-        if self.factor is not None:
-            whole = whole * self.factor
-        whole = whole * self.largest
         if whole.shape[1] % 2:
             whole = torch.nn.functional.pad(whole, (0, 1))
         pairs = whole.reshape(whole.shape[0], -1, 2)
         return pairs.clamp(min=0.0).sum(-1), (-pairs).clamp(min=0.0).sum(-1)
-
-    def _integer(self, place: int | slice, code: Tensor) -> Tensor:
-        whole = code if self.shift is None else code - self.shift[:, place]
-        return whole if self.factor is None else whole * self.factor[:, place]
-
-    def _code(self, place: int | slice, whole: Tensor) -> Tensor:
-        code = whole if self.factor is None else whole / self.factor[:, place]
-        return code if self.shift is None else code + self.shift[:, place]
 
 
 def roomier(weight: Tensor, grid: Grid, scale: Tensor, limit: PairLimit) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from calibrate.grid import Grid
 from calibrate.ranges import storable
 
-__all__ = ["WeightRange", "codes_of", "integer_multiples", "multiples", "rounding_loss", "scales_of"]
+__all__ = ["WeightRange", "codes_of", "multiples", "rounding_loss", "scales_of"]
 
 WeightRange = Literal["minmax", "mse"]
 
@@ -45,22 +45,10 @@ def multiples(scale: Tensor, grid: Grid) -> Tensor:
     The largest scale of an output moves by at most 2**-10 of itself, the others by half a step. The int8 weight of a reduced
     grid lies in ``[-64, 64]``.
     """
-    most = _most(grid)
+    widest = 64 if grid.reduced else 128
+    most = widest >> (grid.bits - 1) if grid.symmetric else (widest - 1) // (2**grid.bits - 1)
     step = storable(Grid(8), torch.zeros_like(scale), scale.amax(1, keepdim=True) * (127 / most))[0]
     return (scale / step).round().clamp(1, most) * step
-
-
-def integer_multiples(scale: Tensor, grid: Grid) -> Tensor | None:
-    """Of which multiples of an output's step its scales [O, G] are, as ``multiples`` leaves them; None where they are not."""
-    whole = (scale / scale.amax(1, keepdim=True) * _most(grid)).round()
-    step = scale.amax(1, keepdim=True) / _most(grid)
-    return whole if bool(((whole * step - scale).abs() <= 1e-5 * scale).all()) else None
-
-
-def _most(grid: Grid) -> int:
-    """The largest multiple for which every code less zero point, times it, is an int8."""
-    widest = 64 if grid.reduced else 128
-    return widest >> (grid.bits - 1) if grid.symmetric else (widest - 1) // (2**grid.bits - 1)
 
 
 def codes_of(weight: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None) -> Tensor:

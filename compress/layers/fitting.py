@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from calibrate.capture import Captured
 from calibrate.grid import Grid
 from calibrate.ranges import Channels, RangeObserver, storable
-from compress.algorithms.pair_sums import PairLimit, largest_codes
-from compress.algorithms.rounding import integer_multiples, rounding_loss
+from compress.algorithms.pair_sums import PairLimit
+from compress.algorithms.rounding import rounding_loss
 from compress.algorithms.smoothing import Smoothing
 from compress.layers.conversion import QuantizedLayer, weight_of
 from compress.layers.quantized import QuantConv2d, QuantLinear
@@ -59,6 +59,12 @@ class Seen:
         return self.channels.mean * self.smoothed.factor if folded and self.smoothed else self.channels.mean
 
     @property
+    def energy(self) -> Tensor:
+        """Mean square of what is rounded [C], factors in it."""
+        factor = 1.0 if self.smoothed is None else self.smoothed.factor.square()
+        return self.channels.mean_square * factor
+
+    @property
     def nothing(self) -> bool:
         """Whether every value was 0."""
         return self.channels.count == 0 or self.ranged.low == self.ranged.high == 0
@@ -90,30 +96,17 @@ def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dic
     return says | {"range": [low, high], "scale": float(scale), "zero_point": int(activation.zero_point)}
 
 
-def pair_limit(layer: QuantizedLayer, seen: Seen, scale: Tensor, zero_point: Tensor | None) -> PairLimit | None:
-    """What neighbouring codes of a linear layer may be together, when its input has its grid; None where any may.
+def pair_limit(layer: QuantizedLayer, energy: Tensor | None) -> PairLimit | None:
+    """What neighbouring codes of a linear layer with 8-bit inputs may be together; None where its grid keeps to that anyway.
 
     Args:
-        scale, zero_point: that the weight's codes will have.
+        energy: [I], mean squares of the layer's input, factors in it; None: not known.
     """
-    activation, grid = layer.activation, layer.quantized_weight.grid
-    if not isinstance(layer, QuantLinear) or activation is None or activation.kind != "static":
+    grid = layer.quantized_weight.grid
+    if not isinstance(layer, QuantLinear) or layer.activation is None or grid.reduced or grid.bits < 8 or not grid.symmetric:
         return None
-    grouped = scale.shape[1] > 1
-    if (whole := integer_multiples(scale, grid) if grouped else None) is None and (
-        grouped or grid.bits < 8 or not grid.symmetric
-    ):
-        return None
-    factor = torch.ones(1) if seen.smoothed is None else seen.smoothed.factor
-    high = (seen.channels.high * factor).to(scale)
-    energy = (seen.channels.mean_square * factor.square()).to(scale)
-    columns = layer.in_features // scale.shape[1]
-    return PairLimit(
-        largest_codes(high, activation.scale, activation.zero_point),
-        energy.clamp(min=1e-6 * float(energy.mean()) + 1e-30),
-        None if whole is None else whole.repeat_interleave(columns, 1),
-        zero_point.to(scale).repeat_interleave(columns, 1) if grouped and zero_point is not None else None,
-    )
+    known = torch.ones(layer.in_features) if energy is None else energy
+    return PairLimit(known.to(layer.quantized_weight.scale).clamp(min=1e-6 * float(known.mean()) + 1e-30))
 
 
 def store_weight(

@@ -89,10 +89,12 @@ class Quantize(Pass):
         description="minmax covers every weight; mse searches the clipping of each channel or group. Default: minmax "
         "for 8 bits, mse below.",
     )
-    reduce_range: bool = Field(
+    reduce_range: bool | Literal["pairs"] = Field(
         False,
-        description="Weights that meet 8-bit inputs have codes of 7 bits, -64 to 63: the integer kernels of x86 processors "
-        "without VNNI saturate on larger ones. A run says where its own processor does.",
+        description="true: weights that meet 8-bit inputs have codes of 7 bits, -64 to 63, because the integer kernels of x86 "
+        "processors without VNNI add two neighbouring products in 16 bits and saturate on larger ones; pairs: codes of linear "
+        "layers keep 8 bits, and only those give way of which two side by side add up to more than 128 (convolutions, groups and "
+        "weights with zero points as with true). A run says where its own processor saturates.",
     )
     activations: Literal["static", "dynamic", "none"] = Field(
         "static",
@@ -185,13 +187,6 @@ class Quantize(Pass):
         True,
         description="Adds to each bias what rounding takes from the layer's mean output on the calibration rows "
         "(Nagel et al. 2019, arXiv 1906.04721, sec. 4.2). Only with static activations or rounding: gptq.",
-    )
-    pair_sums: Literal["free", "bounded"] = Field(
-        "free",
-        description="bounded: x86 processors without VNNI add two neighbouring products of 8-bit inputs and weights in 16 bits, "
-        "and cut off what does not fit; weights for which that would happen (with the largest inputs of the calibration rows and "
-        "an eighth more) give way, so that files compute there what they compute elsewhere. For linear layers with static inputs "
-        "and weights without zero points, or with group_scales: multiples.",
     )
     scale_estimation: bool = Field(
         False,

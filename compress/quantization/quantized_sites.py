@@ -78,7 +78,9 @@ def site_job(step: Quantize, model: nn.Module, site: Site, options: SiteOptions,
     assert options.weights != "float"
     rounds_input = site.kind != "embedding" and table is None and "none" not in (step.activations, options.activations)
     grid = _grid(step, model, table or site, options.weights)
-    reduced = step.reduce_range and rounds_input and (grid.bits == 8 or step.group_scales == "multiples")
+    reduced = bool(step.reduce_range) and rounds_input and (grid.bits == 8 or step.group_scales == "multiples")
+    if step.reduce_range == "pairs" and site.kind in ("linear", "conv1d"):
+        reduced = reduced and not (grid.bits == 8 and grid.symmetric and grid.granularity != "group")
     return Job(site, replace(grid, reduced=reduced), rounds_input, table)
 
 

@@ -1,14 +1,15 @@
 """A block whose weights are rounded together, so that its output is again what the float block gave.
 
 Li et al. 2021 (BRECQ, arXiv 2102.05426): the block is the unit that is reconstructed. Each weight may move to a neighbouring
-code; how far it is from doing so is learnt through the rounding (straight through it, as Cheng et al. 2023, arXiv 2309.05516,
-do, which needs hundreds of steps and not ten thousands), together with the biases. Its inputs are those that the blocks rounded
+code: an offset is learnt straight through the rounding, as Cheng et al. 2023 (arXiv 2309.05516) do, which needs hundreds of steps
+and not ten thousands, together with the biases. It begins at the codes of GPTQ, at their middle, so that what GPTQ moved on
+purpose does not move back by chance. Its inputs are those that the blocks rounded
 before give, the output wanted is the float model's. Shapes: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from compress.surgery import parent_of
 __all__ = ["Learnable", "reconstructed"]
 
 _TRAVEL = 1.5
-"""How far an offset can go in all steps, in codes: half a code is the farthest that it may."""
-_BIAS_RATE = 0.002
+"""How far an offset could go at the full rate in all steps, in codes. Half a code moves a weight: as the rate falls, only those
+that are pulled one way by most batches get there; the others walk to and fro."""
+_BIAS_RATE = 0.004
 
 
 class Learnable(nn.Module):
@@ -38,29 +40,23 @@ class Learnable(nn.Module):
 
     layer: QuantLinear | QuantConv2d
 
-    def __init__(self, layer: QuantLinear | QuantConv2d, weight: Tensor, free: Tensor | None) -> None:
+    def __init__(self, layer: QuantLinear | QuantConv2d, free: Tensor | None) -> None:
         """
         Args:
-            weight: the float weight that the codes stand for, factors in it.
             free: which weights may move, in their shape; None: all.
         """
         super().__init__()
         object.__setattr__(self, "layer", layer)  # no child: its parameters are not learnt
-        codes = layer.quantized_weight
-        grid, scale = codes.grid, codes.scale
-        shift = 0.0 if codes.zero_point is None else codes.zero_point.float().unsqueeze(-1)
-        place = grid.blocks(weight.float()) / scale.unsqueeze(-1) + shift
-        held = grid.blocks(codes.integers()).float()
-        self.near = (held + (place - held).clamp(-0.49, 0.49)).reshape(weight.shape)
+        self.start = layer.quantized_weight.integers().float()
         self.free = free
-        self.offset = nn.Parameter(torch.zeros_like(self.near))
+        self.offset = nn.Parameter(torch.zeros_like(self.start))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
 
     def codes(self) -> Tensor:
         """Integer codes (float dtype) in the weight's shape, with a gradient to the offsets."""
         grid = self.layer.quantized_weight.grid
-        moved = self.offset.clamp(-0.5, 0.5)
-        place = self.near + (moved if self.free is None else moved * self.free)
+        moved = self.offset.clamp(-1, 1)
+        place = self.start + (moved if self.free is None else moved * self.free)
         return place + (place.round().clamp(grid.low, grid.high) - place).detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +88,7 @@ def reconstructed(
     model: nn.Module,
     walk: Walk,
     lesson: Lesson,
-    weights: Mapping[str, Tensor],
+    paths: Sequence[str],
     limits: Mapping[str, PairLimit | None],
     steps: int,
     seed: int,
@@ -104,19 +100,19 @@ def reconstructed(
     Args:
         walk: calls the model with the blocks behind it as they are, rounded.
         lesson: what the float block gave, to learn from and to judge on.
-        weights: the float weight of each layer, by path, factors in it.
+        paths: of the layers.
         limits: for each path what neighbouring codes may be together.
 
     Returns:
         What there is to report.
     """
     learning: dict[str, Learnable] = {}
-    layers = {path: model.get_submodule(path) for path in weights}
+    layers = {path: model.get_submodule(path) for path in paths}
     for path, layer in layers.items():
         assert isinstance(layer, (QuantLinear, QuantConv2d))
         limit = limits.get(path)
         free = None if limit is None else limit.loose(layer.quantized_weight.integers())
-        learning[path] = Learnable(layer, weights[path].reshape(layer.quantized_weight.shape), free)
+        learning[path] = Learnable(layer, free)
         parent, name = parent_of(model, path)
         setattr(parent, name, learning[path])
     try:

@@ -56,10 +56,10 @@ def round_sites(step: Quantize, model: nn.Module, context: Context) -> nn.Module
                 path = job.site.path
                 context.progress(len(report), len(jobs), path)
                 if teacher is not None:
-                    teacher.keep(job, inputs.get(path), moments.get(path), ties)
+                    teacher.note(job, ties)
                 report[path] = _convert(step, model, context, job, inputs.get(path), moments.get(path), ties)
         del moments
-        if teacher is not None and teacher.weights:
+        if teacher is not None and teacher.paths:
             context.progress(len(report), len(jobs), f"reconstructs {teacher.block}")
             blocks[teacher.block] = teacher.reconstruct(walk, inputs)
     context.progress(len(jobs), len(jobs), "quantized")
@@ -179,11 +179,11 @@ def _round(
         scale = multiples(scale, grid)
     nearest = codes_of(weight, grid, scale, zero_point)
     says: dict[str, Any] = {}
-    limit = pair_limit(layer, seen, scale, zero_point) if step.pair_sums == "bounded" and seen is not None else None
+    pairs = step.reduce_range == "pairs"
+    limit = pair_limit(layer, None if seen is None else seen.energy) if pairs else None
     if limit is not None:
         says["overflowing_pairs"] = limit.overflowing(nearest)
-        if grid.symmetric and grid.granularity != "group":
-            scale = roomier(weight, grid, scale, limit)
+        scale = roomier(weight, grid, scale, limit)
         nearest = limit.project(codes_of(weight, grid, scale, zero_point))
     if moment is None:
         return says | store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"}

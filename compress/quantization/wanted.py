@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from calibrate.second_moment import SecondMoment
 from compress.distillation.training import Lesson
 from compress.distillation.walk import Walk
-from compress.layers.conversion import weight_of
 from compress.layers.fitting import Seen, pair_limit
 from compress.layers.quantized import QuantConv2d, QuantLinear
 from compress.quantization.reconstruction import reconstructed
@@ -54,30 +52,27 @@ class Wanted:
 
 
 class Teacher:
-    """One block: what it gave, and the float weights of its layers."""
+    """One block: what it gave, and its layers."""
 
     def __init__(self, step: Quantize, model: nn.Module, context: Context, block: str, lesson: Lesson) -> None:
         self.step, self.model, self.context = step, model, context
         self.block, self.lesson = block, lesson
-        self.weights: dict[str, Tensor] = {}
+        self.paths: list[str] = []
 
-    def keep(self, job: Job, seen: Seen | None, moment: SecondMoment | None, ties: Ties) -> None:
-        """Keeps the weight of a layer that is going to be rounded, if it can learn."""
-        path, kind = job.site.path, job.site.kind
-        if kind not in ("linear", "conv1d", "conv2d") or ties.holders[path]:
-            return
-        weight = weight_of(self.model.get_submodule(path), kind).float()
-        factor = None if seen is None else seen.factor
-        self.weights[path] = weight.clone() if factor is None else weight / factor.to(weight)
+    def note(self, job: Job, ties: Ties) -> None:
+        """Notes a layer that is going to be rounded, if it can learn."""
+        if job.site.kind in ("linear", "conv1d", "conv2d") and not ties.holders[job.site.path]:
+            self.paths.append(job.site.path)
 
     def reconstruct(self, walk: Walk, inputs: Mapping[str, Seen]) -> dict[str, Any]:
         """Moves codes and biases of the block, which is rounded by now."""
         limits = {}
-        for path in self.weights:
+        for path in self.paths:
             layer = self.model.get_submodule(path)
             assert isinstance(layer, (QuantLinear, QuantConv2d))
-            codes, seen = layer.quantized_weight, inputs.get(path)
-            bounded = self.step.pair_sums == "bounded" and seen is not None
-            limits[path] = pair_limit(layer, seen, codes.scale, codes.zero_point) if bounded and seen else None
+            seen = inputs.get(path)
+            energy = None if seen is None else seen.energy
+            pairs = self.step.reduce_range == "pairs"
+            limits[path] = pair_limit(layer, energy) if pairs else None
         steps, seed = self.step.rounding_steps, self.context.seed
-        return reconstructed(self.model, walk, self.lesson, self.weights, limits, steps, seed)
+        return reconstructed(self.model, walk, self.lesson, self.paths, limits, steps, seed)

@@ -37,12 +37,12 @@ STEPS: dict[str, dict[str, Any]] = {
     "factors (smooth)": {"smooth": True, "smooth_below_db": 60},
     "factors by descent": {"smooth": "balanced", "smooth_below_db": 60},
     "GPTQ": {"rounding": "gptq", "damping": 0.05},
-    "16-bit pairs": {"pair_sums": "bounded"},
+    "pairs in 16 bits": {"reduce_range": "pairs"},
     "reconstruction": {"rounding": "reconstruct", "damping": 0.05, "batch_size": 16},
 }
 PLAIN: dict[str, Any] = {
     "activation_symmetric": True, "range": "minmax", "bias_correction": False, "smooth": False, "rounding": "nearest",
-    "pair_sums": "free",
+    "reduce_range": False,
 }  # fmt: skip
 """Round to nearest with min-max ranges; group sizes, sites and embeddings are those of the recipe."""
 KEPT = ("weights", "group_size", "group_scales", "symmetric", "embeddings", "embedding_group_size", "sites", "skip")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from calibrate.grid import Grid
 from compress.algorithms.gptq import gptq, output_error, refined
-from compress.algorithms.pair_sums import PairLimit, largest_codes, roomier
-from compress.algorithms.rounding import codes_of, integer_multiples, multiples, scales_of
+from compress.algorithms.pair_sums import PairLimit, roomier
+from compress.algorithms.rounding import codes_of, scales_of
 
 GRID = Grid(8)
 
@@ -33,8 +33,11 @@ def overflows(inputs: Tensor, weights: Tensor) -> bool:
     return not torch.equal(cut_off(inputs, weights), inputs @ weights.t())
 
 
-def limit_of(codes: Tensor, weight: Tensor) -> PairLimit:
-    return PairLimit(codes.amax(0), torch.ones(weight.shape[1]))
+def limit_of(weight: Tensor) -> PairLimit:
+    return PairLimit(torch.ones(weight.shape[1]))
+
+
+LARGEST = torch.full((1, 48), 255.0)
 
 
 def test_the_instruction_is_emulated() -> None:
@@ -47,8 +50,8 @@ def test_the_instruction_is_emulated() -> None:
 def test_projected_codes_never_overflow_on_any_input_up_to_the_largest_and_the_nearest_codes_do(seed: int) -> None:
     weight, _, inputs = problem(seed=seed)
     scale, _ = scales_of(weight, GRID, "minmax")
-    nearest, limit = codes_of(weight, GRID, scale, None), limit_of(inputs, weight)
-    extremes = (limit.largest.unsqueeze(0), inputs)
+    nearest, limit = codes_of(weight, GRID, scale, None), limit_of(weight)
+    extremes = (LARGEST, LARGEST * torch.tensor([0.0, 1.0]).repeat(24), inputs)
     assert any(overflows(x, nearest.float()) for x in extremes)
     made = limit.project(nearest)
     assert bool(limit.holds(made).all())
@@ -58,11 +61,11 @@ def test_projected_codes_never_overflow_on_any_input_up_to_the_largest_and_the_n
 
 
 def test_only_pairs_that_do_not_fit_give_way_and_towards_zero() -> None:
-    weight, _, inputs = problem()
-    nearest, limit = codes_of(weight, GRID, scales_of(weight, GRID, "minmax")[0], None), limit_of(inputs, weight)
+    weight, _, _ = problem()
+    nearest, limit = codes_of(weight, GRID, scales_of(weight, GRID, "minmax")[0], None), limit_of(weight)
     made = limit.project(nearest)
-    pairs = (nearest.float() * limit.largest).reshape(len(weight), -1, 2)
-    too_much = torch.maximum(pairs.clamp(min=0).sum(-1), (-pairs).clamp(min=0).sum(-1)) > 32767
+    pairs = nearest.float().reshape(len(weight), -1, 2)
+    too_much = torch.maximum(pairs.clamp(min=0).sum(-1), (-pairs).clamp(min=0).sum(-1)) > 128
     changed = (made != nearest).reshape(len(weight), -1, 2)
     assert torch.equal(changed.any(-1), too_much)
     assert (made.int().abs() <= nearest.int().abs()).all()
@@ -70,20 +73,20 @@ def test_only_pairs_that_do_not_fit_give_way_and_towards_zero() -> None:
 
 
 def test_a_pair_loses_no_more_than_it_must() -> None:
-    limit = PairLimit(torch.tensor([255.0, 255.0]), torch.ones(2))
+    limit = PairLimit(torch.ones(2))
     assert limit.project(torch.tensor([[100, 100]], dtype=torch.int8)).tolist() == [[64, 64]]
     assert limit.project(torch.tensor([[-100, -100]], dtype=torch.int8)).tolist() == [[-64, -64]]
     assert limit.project(torch.tensor([[127, -127]], dtype=torch.int8)).tolist() == [[127, -127]]
     assert limit.project(torch.tensor([[127, 1]], dtype=torch.int8)).tolist() == [[127, 1]]
-    heavy = PairLimit(torch.tensor([255.0, 255.0]), torch.tensor([1e6, 1.0]))
+    heavy = PairLimit(torch.tensor([1e6, 1.0]))
     assert heavy.project(torch.tensor([[100, 100]], dtype=torch.int8)).tolist() == [[100, 28]]
 
 
 @pytest.mark.parametrize("order", [True, False])
 def test_gptq_and_its_refinement_keep_to_it_and_lose_less_than_seven_bits(order: bool) -> None:
-    weight, hessian, inputs = problem(seed=4)
+    weight, hessian, _ = problem(seed=4)
     scale, _ = scales_of(weight, GRID, "minmax")
-    limit = limit_of(inputs, weight)
+    limit = limit_of(weight)
     free = gptq(weight, hessian, GRID, scale, None, order=order)
     assert not bool(limit.holds(free).all())
     scale = roomier(weight, GRID, scale, limit)
@@ -100,8 +103,9 @@ def test_gptq_and_its_refinement_keep_to_it_and_lose_less_than_seven_bits(order:
 
 def test_where_every_pair_fits_nothing_changes() -> None:
     weight, hessian, _ = problem(seed=5)
+    weight[:, 1::2] *= 1e-3
     scale, _ = scales_of(weight, GRID, "minmax")
-    limit = PairLimit(torch.full((weight.shape[1],), 100.0), torch.ones(weight.shape[1]))
+    limit = limit_of(weight)
     nearest = codes_of(weight, GRID, scale, None)
     assert limit.project(nearest) is nearest
     assert torch.equal(roomier(weight, GRID, scale, limit), scale)
@@ -109,9 +113,9 @@ def test_where_every_pair_fits_nothing_changes() -> None:
 
 
 def test_a_wider_scale_is_taken_only_where_it_costs_less() -> None:
-    weight, _, inputs = problem(seed=6)
+    weight, _, _ = problem(seed=6)
     scale, _ = scales_of(weight, GRID, "minmax")
-    limit = limit_of(inputs * 0 + 255, weight)
+    limit = limit_of(weight)
     wider = roomier(weight, GRID, scale, limit)
     assert (wider >= scale).all()
     assert (wider > scale).any()
@@ -123,44 +127,10 @@ def test_a_wider_scale_is_taken_only_where_it_costs_less() -> None:
 
 
 def test_codes_that_may_move_by_one_still_fit() -> None:
-    weight, _, inputs = problem(seed=7)
-    limit = limit_of(inputs, weight)
+    weight, _, _ = problem(seed=7)
+    limit = limit_of(weight)
     codes = limit.project(codes_of(weight, GRID, scales_of(weight, GRID, "minmax")[0], None))
     free = limit.loose(codes)
     assert 0 < float(free.mean()) < 1
     moved = codes.float() + torch.where(codes >= 0, 1.0, -1.0) * free
     assert bool(limit.holds(moved).all())
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_four_bits_in_groups_of_multiples_are_held_by_the_integers_that_they_become(symmetric: bool) -> None:
-    weight, _, inputs = problem(seed=8)
-    weight = weight if symmetric else weight + 2
-    grid = Grid(4, symmetric, "group", 16)
-    scale, zero = scales_of(weight, grid, "minmax")
-    scale = multiples(scale, grid)
-    whole = integer_multiples(scale, grid)
-    assert whole is not None
-    codes = codes_of(weight, grid, scale, zero)
-    times = whole.repeat_interleave(16, 1)
-    shift = None if zero is None else zero.float().repeat_interleave(16, 1)
-    limit = PairLimit(inputs.amax(0) * 0 + 255, torch.ones(weight.shape[1]), times, shift)
-
-    def eight_bits(codes: Tensor) -> Tensor:
-        return (codes.float() - (0.0 if shift is None else shift)) * times
-
-    assert eight_bits(codes).abs().max() <= 128
-    largest = limit.largest.unsqueeze(0)
-    assert overflows(largest, eight_bits(codes))
-    assert not overflows(largest, eight_bits(limit.project(codes)))
-
-
-def test_scales_that_are_no_multiples_have_none() -> None:
-    grid = Grid(4, True, "group", 16)
-    assert integer_multiples(scales_of(problem()[0], grid, "minmax")[0], grid) is None
-
-
-def test_the_largest_code_of_an_input_has_a_reserve() -> None:
-    high, scale, zero = torch.tensor([0.0, 4.0, 8.0, -1.0]), torch.tensor(0.1), torch.tensor(-28, dtype=torch.int8)
-    assert largest_codes(high, scale, zero).tolist() == [100, 145, 190, 100]
-    assert largest_codes(high * 10, scale, zero).max() == 255
