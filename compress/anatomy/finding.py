@@ -159,12 +159,13 @@ def _assemble(model: nn.Module, reading: _Reading, given: Mapping[str, Any]) -> 
     generic = {path for path, site in reading.sites.items() if site.roles <= {"linear"} and site.kind != "norm"}
     ledger = Ledger(model, reading.sites)
     paths = list(reading.blocks)
+    modules = dict(model.named_modules(remove_duplicate=False))
     sites = []
     for path, entry in ledger.entries.items():
         draft = reading.sites.get(path) or _Draft("other", tuple(model.state_dict(keep_vars=True)[path].shape))
         if path in generic and not draft.roles:
             draft.roles = {"embedding" if draft.kind == "embedding" else "conv" if draft.kind == "conv2d" else "linear"}
-        shape = draft.shape or _weight_shape(model.get_submodule(path))
+        shape = draft.shape or (_weight_shape(modules[path]) if path in modules else ())  # a parameter may be one number
         block = _innermost(path, paths)
         ordered = tuple(role for role in ROLES if role in draft.roles)
         stored = (entry.parameters, draft.flops, entry.bytes)

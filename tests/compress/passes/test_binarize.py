@@ -203,8 +203,9 @@ def test_attention_that_is_not_one_call_is_left_and_said() -> None:
     once = tried(step, model, signature, rows).after
     again = find(once, signature, {"pixels": rows[0]["pixels"][:2]})
     blocks = [block for block in again.blocks if block.path == "blocks.0"]
-    with pytest.raises(UserError, match="another already"):
+    with pytest.raises(UserError, match="finds no attention") as caught:
         find_products("binarize", once, again, blocks)
+    assert "another already" in caught.value.hint
 
 
 def test_count_takes_those_that_lose_least_and_the_rest_is_int8() -> None:
