@@ -201,10 +201,8 @@ def test_attention_that_is_not_one_call_is_left_and_said() -> None:
     touched = {target.path for target in step.targets(model, anatomy) if target.role == "attention"}
     assert touched == {"blocks.0", "blocks.1"}
     once = tried(step, model, signature, rows).after
-    again = find(once, signature, {"pixels": rows[0]["pixels"][:2]})
-    blocks = [block for block in again.blocks if block.path == "blocks.0"]
     with pytest.raises(UserError, match="finds no attention") as caught:
-        find_products("binarize", once, again, blocks)
+        find_products("binarize", once, anatomy, anatomy.blocks[:1])
     assert "another already" in caught.value.hint
 
 
