@@ -210,6 +210,9 @@ class Quantize(Pass):
             if self.mixed is not None and bits not in (None, 8):
                 what = f"mixed chooses the bits, and {option}: {bits} would say nothing of them"
                 raise ValueError(f"{what}\nName {bits} among its candidates, and take {option} out or let it be 8.")
+        if "rounding_steps" in self.chosen and self.rounding in ("nearest", "gptq"):
+            what = f"rounding_steps says nothing with rounding: {self.rounding}"
+            raise ValueError(f"{what}\nLeave it out, or use rounding: adaround or reconstruct.")
         if self.mixed is not None and self.rounding == "reconstruct":
             raise ValueError(
                 "mixed measures each site alone, and rounding: reconstruct rounds blocks together\nUse rounding: gptq."

@@ -93,6 +93,12 @@ def test_too_few_rows_are_refused_by_name() -> None:
             tried(Quantize(rounding=rounding), model, signature, [{"pixels": rows[0]["pixels"][:4]}])
 
 
+def test_steps_without_a_descent_are_refused() -> None:
+    with pytest.raises(ValidationError, match="rounding_steps says nothing with rounding: gptq"):
+        Quantize.model_validate({"rounding": "gptq", "rounding_steps": 100})
+    assert Quantize.model_validate({"rounding": "gptq", "rounding_steps": 200}).rounding_steps == 200  # the default, written out
+
+
 def test_mixed_bits_are_not_reconstructed() -> None:
     with pytest.raises(ValidationError, match="rounds blocks together"):
         Quantize.model_validate({"mixed": {"size_ratio": 0.5}, "rounding": "reconstruct"})
