@@ -7,6 +7,7 @@ from compress.layers.binary_products import BinaryProducts
 from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
 from compress.layers.hash_attention import HashedAttention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
+from compress.layers.token_reducer import TokenIds, TokenReducer
 from compress.layers.topk_attention import TopKAttention
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "SplitAttention",
+    "TokenIds",
+    "TokenReducer",
     "TopKAttention",
     "is_quantized",
     "split_attention",

@@ -13,8 +13,11 @@ from compress.passes.contract import Context, Pass, Target
 from compress.passes.drop_layers import DropLayers
 from compress.passes.extract_width import ExtractWidth
 from compress.passes.fuse_layers import FuseLayers
+from compress.passes.fuse_tokens import FuseTokens
 from compress.passes.hash_attention import HashAttention
+from compress.passes.merge_tokens import MergeTokens
 from compress.passes.nest_widths import NestWidths
+from compress.passes.prune_tokens import PruneTokens
 from compress.passes.prune_width import PruneWidth
 from compress.passes.quantize import Quantize
 from compress.passes.topk_attention import TopkAttention
@@ -23,7 +26,7 @@ __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
 PASSES: tuple[type[Pass], ...] = (
     Quantize, Cast, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, HashAttention, FuseLayers,
-    Binarize,
+    Binarize, PruneTokens, MergeTokens, FuseTokens,
 )  # fmt: skip
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 
