@@ -30,31 +30,37 @@ def most_merged(tokens: int, prefix: int) -> int:
 
 
 def split(
-    tokens: int, prefix: int, like: Tensor, valid: Tensor | None = None, held: Tensor | None = None
+    tokens: int,
+    prefix: int,
+    like: Tensor,
+    valid: Tensor | None = None,
+    held: Tensor | None = None,
+    both_ways: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positions of the protected tokens [B, P], of the half that may go [B, N] and of the half that takes in [B, T - P - N].
 
     Without padding and held tokens every second one goes, as in the paper. With them the half that may go is filled with padded
-    tokens first, then with every second real one from the start.
+    tokens first, then with every second real one from the start; where tokens go from both halves, each gets half of the padded
+    ones.
 
     Args:
         like: any tensor [B, ...] on the device.
     """
-    count = most_merged(tokens, prefix)
-    rows = like.shape[0]
+    count, rows = most_merged(tokens, prefix), like.shape[0]
     every = torch.arange(tokens, device=like.device)
-    start = every[:prefix].unsqueeze(0).expand(rows, -1)
-    rest = every[prefix:]
+    start, rest = every[:prefix].unsqueeze(0).expand(rows, -1), every[prefix:]
     if valid is None and held is None:
         going, taking = rest[1::2][:count], rest[0::2]
         return start, going.unsqueeze(0).expand(rows, -1), taking.unsqueeze(0).expand(rows, -1)
     second = ((rest - prefix) % 2).to(torch.float32) * 2.0
-    wanted = second.unsqueeze(0).expand(rows, -1)
+    wanted = (torch.zeros_like(second) if both_ways else second).unsqueeze(0).expand(rows, -1)
     if held is not None:
         wanted = torch.where(held[:, prefix:], torch.full_like(wanted, _NEVER), wanted)
     if valid is not None:
         wanted = torch.where(valid[:, prefix:], wanted, torch.full_like(wanted, _FIRST))
     order = best(wanted, tokens - prefix) + prefix
+    if both_ways:
+        return start, ascending(order[:, 1::2][:, :count]), ascending(order[:, 0::2])
     return start, ascending(order[:, :count]), ascending(order[:, count:])
 
 

@@ -83,6 +83,7 @@ class TokenReducer:
         prefix: tokens at the start that stay.
         place: where they leave.
         proportional: whether later attentions count a token as often as it stands for others.
+        masked: whether tokens can be padded; if not, a mask that a trace makes of nothing is left out.
         causal: whether the masks are causal.
         traced: whether it is kept where tokens come from; restores: whether the block gives as many tokens as the first one got.
         last: whether it is the last block that knows of the stream.
@@ -99,6 +100,7 @@ class TokenReducer:
         prefix: int = 1,
         place: Place = "attention",
         proportional: bool = True,
+        masked: bool = True,
         causal: bool = False,
         traced: bool = False,
         restores: bool = False,
@@ -112,7 +114,8 @@ class TokenReducer:
         seed: int = 0,
     ) -> None:
         self.number, self.keep, self.method, self.prefix, self.place = number, keep, method, prefix, place
-        self.proportional, self.causal, self.traced, self.restores, self.last = proportional, causal, traced, restores, last
+        self.proportional, self.masked, self.causal, self.traced = proportional, masked, causal, traced
+        self.restores, self.last = restores, last
         self.enter, self.separators = enter, separators or []
         self.votes, self.similar, self.both_ways, self.seed = votes, similar, both_ways, seed
         self.temperatures = temperatures or [1.0, 20.0, 40.0]
@@ -122,8 +125,8 @@ class TokenReducer:
     def config(self) -> dict[str, Any]:
         """What makes it again, as JSON."""
         names = (
-            "number", "keep", "method", "prefix", "place", "proportional", "causal", "traced", "restores", "last", "enter",
-            "separators", "votes", "similar", "temperatures", "both_ways", "seed",
+            "number", "keep", "method", "prefix", "place", "proportional", "masked", "causal", "traced", "restores", "last",
+            "enter", "separators", "votes", "similar", "temperatures", "both_ways", "seed",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -147,6 +150,8 @@ class TokenReducer:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         hidden, stream = hidden_of(args, kwargs), self.stream
+        if not self.masked:
+            args, kwargs = _pytree.tree_map(_without_mask, (args, kwargs))
         masks = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() == 4]
         stream.enter(self.number, hidden, masks, self.causal, self.traced, self.separators)
         if self.enter is not None and self.enter < stream.now:
@@ -183,6 +188,10 @@ def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The tokens [B, T, C] that a block gets: its first tensor."""
     found = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return found[0]
+
+
+def _without_mask(leaf: Any) -> Any:
+    return None if isinstance(leaf, Tensor) and leaf.dim() == 4 else leaf
 
 
 def _replaced(output: Any, change: Any) -> Any:
@@ -346,7 +355,7 @@ class _Watched(TorchFunctionMode):
         assert self.weights is not None
         received = attention_received(self.weights, stream.valid)
         size = stream.sizes(hidden.shape[0], hidden.device).to(hidden.dtype)
-        halves = split(hidden.shape[1], reducer.prefix, hidden, stream.valid, stream.held)
+        halves = split(hidden.shape[1], reducer.prefix, hidden, stream.valid, stream.held, reducer.both_ways)
         similarity, information, sizes = reducer.temperatures
         scores = criteria(hidden, received, size, halves[1], halves[2], (similarity, information, sizes))
         self.merges = fusion(scores, self._removed, halves, reducer.both_ways, stream.valid, stream.held)

@@ -24,9 +24,7 @@ def touched(layout: Layout, schedule: Schedule, how: How) -> dict[int, int | Non
     if not keep and not schedule.enter:
         return {}
     first = layout.numbers[0] if schedule.enter else next(number for number in layout.numbers if number in keep)
-    follow = layout.masked or layout.reads_all or how.merges
-    numbers = layout.numbers[layout.numbers.index(first) :]
-    return {number: keep.get(number) for number in numbers if follow or number in keep or number == first}
+    return {number: keep.get(number) for number in layout.numbers[layout.numbers.index(first) :]}
 
 
 def _shortens(layout: Layout, schedule: Schedule, number: int) -> bool:
@@ -52,6 +50,7 @@ def attach(model: nn.Module, surgery: Surgery, layout: Layout, schedule: Schedul
             prefix=how.prefix,
             place=place,
             proportional=how.proportional and how.merges,
+            masked=layout.masked,
             causal=layout.causal,
             traced=layout.reads_all,
             restores=layout.reads_all and number == last,

@@ -103,6 +103,7 @@ def find_layout(where: str, model: nn.Module, anatomy: Anatomy) -> Layout:
         first = calls[blocks[0].path][0]
         masks = _masks(first)
         causal = any(_causal(mask) for mask in masks)
+        masked = bool(masks) or "attention_mask" in signature.names
         tokens = first.hidden.shape[1]
         output = signature.call(model, example)
         per_token = output.dim() > 2 and output.shape[1] == tokens
@@ -112,9 +113,7 @@ def find_layout(where: str, model: nn.Module, anatomy: Anatomy) -> Layout:
         if reads_all:
             prefix = 1 if reads.at(0) and not causal else 0
     ids, separators = _separators(model, anatomy, example, lambda: signature.call(model, example))
-    return Layout(
-        tuple(blocks), tokens, first.hidden.shape[2], bool(masks), causal, prefix, reads_all, per_token, ids, separators
-    )
+    return Layout(tuple(blocks), tokens, first.hidden.shape[2], masked, causal, prefix, reads_all, per_token, ids, separators)
 
 
 def _unattached(where: str, model: nn.Module) -> None:

@@ -29,7 +29,7 @@ class TokenPass(Pass):
         {}, description="Tokens that are left after a block, by its number: {2: 48, 4: 32}. Name one of the first five options."
     )
     reduce: int | list[int] = Field(
-        0, description="Tokens that each block takes out: one number, or one for each block from the first on."
+        0, description="Tokens that each block takes out: one number for all (fewer where fewer can go), or one for each block."
     )
     share: float | None = Field(None, gt=0, lt=1, description="Share of its tokens that each of `blocks` hands on.")
     flops: float | None = Field(
@@ -62,8 +62,8 @@ class TokenPass(Pass):
         counts = [self.reduce] if isinstance(self.reduce, int) else self.reduce
         if min(counts, default=0) < 0:
             raise ValueError("reduce: a block cannot take out fewer than 0 tokens\nWrite 0 where none go.")
-        if self.blocks and given and given[0] in ("keep", "reduce"):
-            raise ValueError(f"blocks does not go with {given[0]}, which says where tokens leave\nTake one of them out.")
+        if self.blocks and self.keep:
+            raise ValueError("blocks does not go with keep, which says where tokens leave\nTake one of them out.")
         if "rows" in self.chosen and not self._searches:
             raise ValueError("rows goes with flops and latency_ratio\nTake it out.")
         return self
@@ -204,7 +204,7 @@ class TokenPass(Pass):
         elif self.keep or not self.reduce:
             schedule = Schedule(dict(self.keep), self.enter)
         else:
-            schedule = from_reduce(self.name, self.reduce, layout, how.prefix, how.merges)
+            schedule = from_reduce(self.name, self.reduce, layout, numbers, how)
             schedule = Schedule(schedule.keep, self.enter)
         check(self.name, schedule, layout, how.prefix, how.merges)
         return schedule

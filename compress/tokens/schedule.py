@@ -165,20 +165,27 @@ def check(where: str, schedule: Schedule, layout: Layout, protected: int, merges
             raise UserError(where, what, f"Keep {given - most} or more there.")
 
 
-def from_reduce(where: str, reduce: int | Sequence[int], layout: Layout, protected: int, merges: bool) -> Schedule:
-    """Tokens that each block takes out, in their order: as ToMe's schedules; where fewer are there than asked, as many as can go.
+def from_reduce(where: str, reduce: int | Sequence[int], layout: Layout, blocks: Sequence[int], how: How) -> Schedule:
+    """Tokens that each block takes out, as ToMe's schedules: of one number for all as many as can go.
+
+    Args:
+        blocks: numbers of those that may take tokens out.
 
     Raises:
-        UserError: more numbers than blocks.
+        UserError: more numbers than blocks, or more tokens than can go.
     """
-    counts = [reduce] * len(layout.numbers) if isinstance(reduce, int) else list(reduce)
-    if len(counts) > len(layout.numbers):
-        what = f"reduce names {len(counts)} blocks, and tokens can leave {len(layout.numbers)}"
-        raise UserError(where, what, f"Give {len(layout.numbers)} numbers or fewer, one for each block from the first on.")
+    numbers = [number for number in layout.numbers if number in blocks]
+    counts = [reduce] * len(numbers) if isinstance(reduce, int) else list(reduce)
+    if len(counts) > len(numbers):
+        what = f"reduce names {len(counts)} blocks, and tokens can leave {len(numbers)}"
+        raise UserError(where, what, f"Give {len(numbers)} numbers or fewer, one for each block.")
     keep, now = {}, layout.tokens
-    for number, count in zip(layout.numbers, counts, strict=False):
-        most = (now - protected) // 2 if merges else now - max(protected + 1, 2)
-        gone = min(count, max(most, 0))
+    for number, count in zip(numbers, counts, strict=False):
+        most = max((now - how.prefix) // 2 if how.merges else now - max(how.prefix + 1, 2), 0)
+        if count > most and not isinstance(reduce, int):
+            what = f"reduce: block {number} is to take out {count} of {now} tokens, and {most} can go"
+            raise UserError(where, what, f"Write {most} or less there.")
+        gone = min(count, most)
         if gone:
             now -= gone
             keep[number] = now
