@@ -123,10 +123,10 @@ def fusion(
     both_ways: bool = True,
     valid: Tensor | None = None,
     held: Tensor | None = None,
-) -> list[Merge]:
-    """Merges one after the other: half of them from the first half into the second, the others back (Lee et al., sec. 3.3).
+) -> Merge:
+    """Half of the tokens from the first half into the second, then the others back (Lee et al., sec. 3.3).
 
-    The second acts on what the first leaves.
+    What one of the second half has taken in goes with it.
 
     Args:
         scores: [B, N, M] of the first half for the second.
@@ -135,21 +135,26 @@ def fusion(
     start, going, taking = halves
     first = remove // 2 if both_ways else 0
     if not first:
-        return [_matched(_barred(scores, going, taking, valid, held), remove, start, going, taking)]
+        return _matched(_barred(scores, going, taking, valid, held), remove, start, going, taking)
     most, into = _barred(scores, going, taking, valid, held).max(dim=2)
     order = best(most, most.shape[1])
     gone, left = order[:, :first], ascending(order[:, first:])
-    remaining = picked(going, left)
-    one = Merge(torch.cat([start, remaining], dim=1), taking, picked(going, gone), picked(into, gone))
+    one, remaining = picked(into, gone), picked(going, left)
     back = _barred(picked(scores, left).transpose(1, 2), taking, remaining, valid, held)
-    # What the first leaves: the start, those of the first half that did not go, then the second half.
-    rows, prefix, half = start.shape[0], start.shape[1], left.shape[1]
-    places = [_counting(rows, *place, start) for place in ((0, prefix), (prefix + half, taking.shape[1]), (prefix, half))]
-    return [one, _matched(back, remove - first, *places)]
-
-
-def _counting(rows: int, first: int, count: int, like: Tensor) -> Tensor:
-    return torch.arange(first, first + count, device=like.device).unsqueeze(0).expand(rows, -1)
+    most, into = back.max(dim=2)
+    order = best(most, most.shape[1])
+    second, stays = order[:, : remove - first], ascending(order[:, remove - first :])
+    prefix, half = start.shape[1], left.shape[1]
+    two = picked(into, second) + prefix
+    # Where each of the second half is in the end: at its own place, or in the one that took it in.
+    number = torch.arange(taking.shape[1], device=start.device).reshape(1, 1, -1)
+    place = torch.arange(stays.shape[1], device=start.device).reshape(1, -1, 1) + prefix + half
+    ends = ((stays.unsqueeze(2) == number) * place).sum(1) + ((second.unsqueeze(2) == number) * two.unsqueeze(2)).sum(1)
+    return Merge(
+        torch.cat([start, remaining, picked(taking, stays)], dim=1),
+        torch.cat([picked(going, gone), picked(taking, second)], dim=1),
+        torch.cat([picked(ends, one), two], dim=1),
+    )
 
 
 def _below(scores: Tensor) -> Tensor:
@@ -171,9 +176,9 @@ def _barred(scores: Tensor, going: Tensor, taking: Tensor, valid: Tensor | None,
 def _matched(scores: Tensor, remove: int, start: Tensor, going: Tensor, taking: Tensor) -> Merge:
     most, into = scores.max(dim=2)
     order = best(most, most.shape[1])
-    gone, left = order[:, :remove], order[:, remove:]
-    stays = torch.cat([start, picked(going, ascending(left))], dim=1) if left.shape[1] else start
-    return Merge(stays, taking, picked(going, gone), picked(into, gone))
+    gone, stays = order[:, :remove], order[:, remove:]
+    left = [start, picked(going, ascending(stays)), taking] if stays.shape[1] else [start, taking]
+    return Merge(torch.cat(left, dim=1), picked(going, gone), picked(into, gone) + start.shape[1] + stays.shape[1])
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -13,19 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TIE", "Merge", "ascending", "best", "merged", "mixed", "picked"]
+__all__ = ["LEAST", "TIE", "Merge", "ascending", "assigned", "best", "merged", "mixed", "picked"]
 
 TIE = 2.0**-17
 """What a score loses for each position: equal ones are told apart, with room for what runtimes round differently."""
+
+LEAST = 1e-6
+"""Least sum of weights that a mean is divided by."""
 
 
 def picked(x: Tensor, index: Tensor) -> Tensor:
     """The tokens of ``x`` [B, T, ...] at ``index`` [B, K] -> [B, K, ...]; each row has an index of its own."""
     if x.dtype == torch.bool:  # Core ML gathers numbers only
         return picked(x.to(torch.float32), index) > 0
-    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
-    flat = x.flatten(0, 1).index_select(0, (index + rows).flatten())
-    return flat.reshape(-1, index.shape[1], *x.shape[2:])
+    if x.shape[0] != 1:
+        index = index + torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+    return x.flatten(0, 1).index_select(0, index.flatten()).reshape(-1, index.shape[1], *x.shape[2:])
 
 
 def best(score: Tensor, count: int) -> Tensor:
@@ -47,34 +50,37 @@ class Merge:
     """Which tokens go into which.
 
     Attributes:
-        stays: tokens [B, S] that are left as they are; they come first in what is left.
-        targets: tokens [B, D] that take others in; they follow.
+        left: tokens [B, T - R] that are left, in the order that they then have.
         gone: tokens [B, R] that are taken in.
-        into: for each of these the number of its target, [B, R].
-        before: whether the targets come before those that stay.
+        into: for each of these the number of the one among those left that takes it in, [B, R].
     """
 
-    stays: Tensor
-    targets: Tensor
+    left: Tensor
     gone: Tensor
     into: Tensor
-    before: bool = False
 
-    @property
-    def matrix(self) -> Tensor:
-        """[B, D, R]: 1 where a token goes into a target."""
-        number = torch.arange(self.targets.shape[1], device=self.into.device).reshape(1, -1, 1)
-        return (self.into.unsqueeze(1) == number).to(torch.float32)
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """[B, T - R, R]: 1 where a token goes into another."""
+        number = torch.arange(self.left.shape[1], device=self.into.device).unsqueeze(1)
+        return (self.into.unsqueeze(1) == number).to(dtype)
 
 
 def merged(x: Tensor, merge: Merge) -> Tensor:
     """Sums of what is merged, [B, T, C] -> [B, T - R, C]."""
-    taken = picked(x, merge.targets) + merge.matrix.to(x.dtype) @ picked(x, merge.gone)
-    stays = picked(x, merge.stays)
-    return torch.cat([taken, stays] if merge.before else [stays, taken], dim=1)
+    return picked(x, merge.left) + merge.matrix(x.dtype) @ picked(x, merge.gone)
 
 
-def mixed(x: Tensor, weight: Tensor, merge: Merge, least: float = 1e-6) -> Tensor:
-    """Weighted means of what is merged: [B, T, C] and weights [B, T] -> [B, T - R, C]; where all weights are 0 it is 0."""
+def mixed(x: Tensor, weight: Tensor, merge: Merge) -> Tensor:
+    """Weighted means of what is merged, with weights [B, T]: [B, T, C] -> [B, T - R, C]; where all weights are 0 it is 0."""
     weight = weight.unsqueeze(-1)
-    return merged(x * weight, merge) / merged(weight, merge).clamp(min=least)
+    sums = merged(torch.cat([x * weight, weight], dim=2), merge)
+    width = x.shape[2]
+    return sums[:, :, :width] / sums[:, :, width:].clamp(min=LEAST)
+
+
+def assigned(merge: Merge, tokens: int) -> Tensor:
+    """For each token the number of the one among those left that stands for it, [B, T]."""
+    number = torch.arange(tokens, device=merge.left.device).reshape(1, 1, -1)
+    there = (merge.left.unsqueeze(2) == number).to(torch.float32)
+    gone = (merge.gone.unsqueeze(2) == number).to(torch.float32)
+    return (there + merge.matrix(torch.float32) @ gone).argmax(dim=1)

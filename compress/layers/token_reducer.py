@@ -13,7 +13,7 @@ from torch.utils import _pytree
 from torch.utils.hooks import RemovableHandle
 
 from compress.algorithms.token_matching import criteria, fusion, most_merged, soft_matching, split
-from compress.algorithms.token_moves import Merge, merged, mixed, picked
+from compress.algorithms.token_moves import Merge, assigned, mixed, picked
 from compress.algorithms.token_ranking import attention_from_first, attention_received, kept, zero_tprune
 from compress.layers.attached import attached_to
 from compress.layers.token_stream import TokenStream
@@ -212,8 +212,7 @@ class _Watched(TorchFunctionMode):
         self.attended = self.joined = False
         self.keys: Tensor | None = None
         self.weights: Tensor | None = None
-        self.merges: list[Merge] = []
-        self.mixing: list[Tensor] = []
+        self.fusing: tuple[Merge, Tensor] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -265,7 +264,7 @@ class _Watched(TorchFunctionMode):
             tokens = self.hidden.shape[1]
             if not self.attended and right.shape[-1] == tokens:
                 self.keys = right.transpose(-1, -2)
-            elif self.attended and left.shape[-1] == tokens and not self.merges and self.reducer.method == "criteria":
+            elif self.attended and left.shape[-1] == tokens and self.fusing is None and self.reducer.method == "criteria":
                 return func(left, self._pooled(right), **kwargs)
         return func(*args, **kwargs)
 
@@ -315,14 +314,11 @@ class _Watched(TorchFunctionMode):
         elif reducer.method == "similarity":
             assert self.keys is not None
             merge = soft_matching(self.keys.mean(1), self._removed, reducer.prefix, stream.valid, stream.held)
-            hidden = stream.mixed(hidden, merge)
-            stream.merge(merge)
+            hidden = stream.merge(hidden, stream.sizes(hidden.shape[0], hidden.device), merge)
         else:
-            if not self.merges:
-                self._match()
-            for merge, weight in zip(self.merges, self.mixing, strict=True):
-                hidden = mixed(hidden, weight.to(hidden.dtype), merge)
-                stream.merge(merge)
+            if self.fusing is None:
+                self.fusing = self._match()
+            hidden = stream.merge(hidden, self.fusing[1].to(hidden.dtype), self.fusing[0])
         stream.noted()
         return hidden
 
@@ -349,39 +345,25 @@ class _Watched(TorchFunctionMode):
         )
         return kept(score, keep, reducer.prefix, stream.valid, stream.held)
 
-    def _match(self) -> None:
-        """Which tokens ``criteria`` merges, and the weight that each has in what it becomes."""
+    def _match(self) -> tuple[Merge, Tensor]:
+        """What ``criteria`` merges, and the weight that each token has in what it becomes, [B, T]."""
         reducer, stream, hidden = self.reducer, self.stream, self.hidden
         assert self.weights is not None
         received = attention_received(self.weights, stream.valid)
-        size = stream.sizes(hidden.shape[0], hidden.device).to(hidden.dtype)
+        size = stream.sizes(hidden.shape[0], hidden.device)
         halves = split(hidden.shape[1], reducer.prefix, hidden, stream.valid, stream.held, reducer.both_ways)
         similarity, information, sizes = reducer.temperatures
         scores = criteria(hidden, received, size, halves[1], halves[2], (similarity, information, sizes))
-        self.merges = fusion(scores, self._removed, halves, reducer.both_ways, stream.valid, stream.held)
-        weight = received.clamp(min=1e-6) * size / size.amax(1, keepdim=True)
-        for merge in self.merges:
-            self.mixing.append(weight)
-            weight = torch.cat([picked(weight, merge.stays), _total(weight, merge)], dim=1)
+        merge = fusion(scores, self._removed, halves, reducer.both_ways, stream.valid, stream.held)
+        return merge, received.clamp(min=1e-6) * size / size.amax(1, keepdim=True)
 
     def _pooled(self, value: Tensor) -> Tensor:
         """Values [B, H, T, D] with each token's replaced by the weighted mean of those it is merged with."""
-        self._match()
-        heads, width = value.shape[1], value.shape[3]
-        flat = value.transpose(1, 2).flatten(2)
-        back = torch.eye(flat.shape[1], device=flat.device, dtype=flat.dtype).unsqueeze(0).expand(flat.shape[0], -1, -1)
-        pooled = flat
-        for merge, weight in zip(self.merges, self.mixing, strict=True):
-            pooled = mixed(pooled, weight.to(flat.dtype), merge)
-            back = merged(back, merge)
-        pooled = back.transpose(1, 2) @ pooled
-        return pooled.reshape(-1, pooled.shape[1], heads, width).transpose(1, 2)
-
-
-def _total(weight: Tensor, merge: Merge) -> Tensor:
-    """Weights of the targets with those that they take in, [B, T] -> [B, D]."""
-    gone = picked(weight, merge.gone).unsqueeze(-1)
-    return picked(weight, merge.targets) + (merge.matrix.to(weight.dtype) @ gone).squeeze(-1)
+        self.fusing = self._match()
+        merge, weight = self.fusing
+        heads, tokens, width = value.shape[1:]
+        pooled = mixed(value.transpose(1, 2).flatten(2), weight.to(value.dtype), merge)
+        return picked(pooled, assigned(merge, tokens)).reshape(-1, tokens, heads, width).transpose(1, 2)
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from compress.algorithms.token_moves import Merge, merged, mixed, picked
+from compress.algorithms.token_moves import LEAST, Merge, merged, picked
 
 __all__ = ["TokenStream"]
 
@@ -105,21 +105,31 @@ class TokenStream:
             number = torch.arange(self.tokens, device=index.device).reshape(1, 1, -1)
             self.source = (self.origin.unsqueeze(2) == number).to(torch.float32)
 
-    def merge(self, merge: Merge) -> None:
-        """Tokens were merged."""
-        size = self.sizes(merge.gone.shape[0], merge.gone.device)
-        self.size = merged(size.unsqueeze(-1), merge).squeeze(-1)
-        if self.valid is not None:
-            self.valid = self.size > 0
+    def merge(self, hidden: Tensor, weight: Tensor, merge: Merge) -> Tensor:
+        """Tokens were merged: what becomes of ``hidden`` [B, T, C], weighted by ``weight`` [B, T].
+
+        All that is known of them is merged in the same product.
+        """
+        size = self.sizes(hidden.shape[0], hidden.device)
+        columns = [hidden * weight.unsqueeze(-1), weight.unsqueeze(-1), size.unsqueeze(-1)]
         if self.held is not None:
-            self.held = merged(self.held.to(torch.float32).unsqueeze(-1), merge).squeeze(-1) > 0
-        self.now = self.now - merge.gone.shape[1]
-        self.origin = None
+            columns.append(self.held.to(hidden.dtype).unsqueeze(-1))
         if self.traced:
             source = self.source
             if source is None:
                 source = torch.eye(self.tokens, device=size.device).unsqueeze(0).expand(size.shape[0], -1, -1)
-            self.source = merged(source, merge)
+            columns.append(source)
+        sums = merged(torch.cat(columns, dim=2), merge)
+        width = hidden.shape[2]
+        self.size = sums[:, :, width + 1]
+        if self.valid is not None:
+            self.valid = self.size > 0
+        if self.held is not None:
+            self.held = sums[:, :, width + 2] > 0
+        if self.traced:
+            self.source = sums[:, :, -self.tokens :]
+        self.now, self.origin = merge.left.shape[1], None
+        return sums[:, :, :width] / sums[:, :, width : width + 1].clamp(min=LEAST)
 
     def sizes(self, rows: int, device: torch.device) -> Tensor:
         """How many tokens each stands for, [B, T]; padded ones stand for none."""
@@ -173,10 +183,6 @@ class TokenStream:
         mean = (hidden * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1.0)
         there = back.sum(2, keepdim=True)
         return back @ hidden + (1 - there) * mean
-
-    def mixed(self, hidden: Tensor, merge: Merge) -> Tensor:
-        """The tokens merged, weighted by how many each stands for."""
-        return mixed(hidden, self.sizes(hidden.shape[0], hidden.device).to(hidden.dtype), merge)
 
 
 def _valid(masks: list[Tensor], rows: int) -> Tensor | None:

@@ -122,15 +122,12 @@ def _choosing(layout: Layout, block: Block, how: How, given: int, then: int) -> 
     if how.method not in ("similarity", "criteria"):
         return received if how.method == "received" else 0
     gone = given - then
-    kept = 1 + bool(how.separators) + (layout.tokens if layout.reads_all else 0)
+    known = bool(how.separators) + (layout.tokens if layout.reads_all else 0)
     if how.method == "similarity":
-        return 2 * half * other * head_dim + 2 * other * gone * (layout.width + 1 + kept)
+        return 2 * half * other * head_dim + 2 * then * gone * (layout.width + 2 + known)
     inner = heads * head_dim
-    first = gone // 2 if how.options.get("both_ways", True) else 0
-    moves = [(other, first), (half - first, gone - first)] if first else [(other, gone)]
-    each = layout.width + 1 + inner + 1 + given + 1 + kept
-    moved = sum(2 * targets * sources * each for targets, sources in moves)
-    return received + 2 * half * other * layout.width + moved + 2 * given * then * inner
+    moved = 2 * then * gone * (layout.width + 2 + known + inner + 1 + given)
+    return received + 2 * half * other * layout.width + moved
 
 
 def check(where: str, schedule: Schedule, layout: Layout, protected: int, merges: bool) -> None:

@@ -1,10 +1,10 @@
 """Fewer tokens: what they lose, how much faster their files are, and what choosing them takes.
 
-    python tests/benchmarks/tokens.py                  # everything, about an hour
-    python tests/benchmarks/tokens.py --quality        # cifar10-vit: method x FLOPs on all dev rows, random pruning as the control
-    python tests/benchmarks/tokens.py --text           # sst2-minilm padded to 64: accuracy of schedules
-    python tests/benchmarks/tokens.py --speed          # ONNX files, interleaved, one thread: the same, and a DeiT-S of random weights
-    python tests/benchmarks/tokens.py --search         # seconds that the search of a schedule for a latency takes
+    python tests/benchmarks/tokens.py              # everything, about an hour
+    python tests/benchmarks/tokens.py --quality    # cifar10-vit: methods at shares of FLOPs, all dev rows, random as the control
+    python tests/benchmarks/tokens.py --text       # sst2-minilm padded to 64: accuracy of schedules
+    python tests/benchmarks/tokens.py --speed      # ONNX files, interleaved, one thread; and a DeiT-S of random weights
+    python tests/benchmarks/tokens.py --search     # seconds that the search of a schedule for a latency takes
 
 Needs ``../shared`` (the models and their data). Calibration rows choose schedules; evaluation rows only judge. Accuracies have
 95 % intervals over rows, losses are paired on the same rows. Parts that ran before are kept in the folder (``--out``) and shown
@@ -62,7 +62,9 @@ class Bench:
 
     def reduced(self, method: str, **options: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The model after a pass, and what the pass reports."""
-        return reduced(self.source.model, self.source.signature, self.data.example, self.data.calibration_batches, method, **options)
+        return reduced(
+            self.source.model, self.source.signature, self.data.example, self.data.calibration_batches, method, **options
+        )
 
     def statistics(self, model: torch.nn.Module) -> Any:
         """What the metric keeps of the model's outputs on the evaluation rows."""

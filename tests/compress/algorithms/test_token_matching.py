@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.algorithms.token_matching import criteria, fusion, most_merged, soft_matching, split
-from compress.algorithms.token_moves import Merge, merged, mixed
+from compress.algorithms.token_moves import Merge, assigned, merged, mixed
 
 ROWS, TOKENS, WIDTH = 3, 18, 8
 
@@ -18,8 +18,8 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def plain_tome(x: Tensor, metric: Tensor, size: Tensor, remove: int) -> tuple[Tensor, Tensor]:
     """One row, token by token, as the paper tells it; the class token is the first."""
-    sources = [position for position in range(2, len(x), 2)]
-    targets = [position for position in range(1, len(x), 2)]
+    sources = list(range(2, len(x), 2))
+    targets = list(range(1, len(x), 2))
     unit = metric / metric.norm(dim=-1, keepdim=True)
     proposals = []
     for source in sources:
@@ -88,7 +88,8 @@ def test_of_equal_pairs_the_earlier_one_goes() -> None:
 def test_tokens_at_the_start_are_in_no_pair(prefix: int) -> None:
     x = drawn(ROWS, TOKENS, WIDTH)
     merge = soft_matching(x, 4, prefix)
-    assert set(range(prefix)).isdisjoint(merge.gone.flatten().tolist() + merge.targets.flatten().tolist())
+    assert set(range(prefix)).isdisjoint(merge.gone.flatten().tolist())
+    assert prefix <= int(merge.into.min())
     assert torch.equal(merged(x, merge)[:, :prefix], x[:, :prefix])
 
 
@@ -114,10 +115,9 @@ def test_held_tokens_neither_go_nor_take_in() -> None:
     held = torch.zeros(ROWS, TOKENS, dtype=torch.bool)
     held[:, [6, 11]] = True
     x = drawn(ROWS, TOKENS, WIDTH)
-    for merges in ([soft_matching(x, 7, 1, None, held)], fused(x, 7, held=held)):
-        left, sizes = x, torch.ones(ROWS, TOKENS, dtype=torch.float64)
-        for merge in merges:
-            left, sizes = mixed(left, sizes, merge), merged(sizes.unsqueeze(-1), merge).squeeze(-1)
+    for merge in (soft_matching(x, 7, 1, None, held), fused(x, 7, held=held)):
+        ones = torch.ones(ROWS, TOKENS, dtype=torch.float64)
+        left, sizes = mixed(x, ones, merge), merged(ones.unsqueeze(-1), merge).squeeze(-1)
         for row in range(ROWS):
             for position in (6, 11):
                 where = (left[row] == x[row, position]).all(1).nonzero()
@@ -125,7 +125,7 @@ def test_held_tokens_neither_go_nor_take_in() -> None:
                 assert float(sizes[row, where[0, 0]]) == 1
 
 
-def fused(x: Tensor, remove: int, valid: Tensor | None = None, held: Tensor | None = None, both: bool = True) -> list[Merge]:
+def fused(x: Tensor, remove: int, valid: Tensor | None = None, held: Tensor | None = None, both: bool = True) -> Merge:
     size = torch.ones(ROWS, x.shape[1], dtype=x.dtype) if valid is None else valid.to(x.dtype)
     halves = split(x.shape[1], 1, x, valid, held, both)
     scores = criteria(x, drawn(ROWS, x.shape[1], seed=7).abs() + 0.1, size, halves[1], halves[2], (1.0, 20.0, 40.0))
@@ -136,7 +136,7 @@ def test_with_similarity_alone_and_one_way_fusion_is_soft_matching() -> None:
     x, size = drawn(ROWS, TOKENS, WIDTH), torch.ones(ROWS, TOKENS, dtype=torch.float64)
     halves = split(TOKENS, 1, x)
     scores = criteria(x, size, size, halves[1], halves[2], (1.0, 0.0, 0.0))
-    (one,) = fusion(scores, 5, halves, both_ways=False)
+    one = fusion(scores, 5, halves, both_ways=False)
     assert torch.equal(merged(x, one), merged(x, soft_matching(x, 5)))
 
 
@@ -156,23 +156,28 @@ def test_criteria_are_the_papers_products() -> None:
 @pytest.mark.parametrize(("tokens", "remove"), [(18, 8), (18, 7), (9, 3), (5, 1), (4, 1), (3, 1)])
 def test_both_ways_take_as_many_out_also_of_short_sequences(tokens: int, remove: int) -> None:
     x, sizes = drawn(ROWS, tokens, WIDTH), torch.ones(ROWS, tokens, dtype=torch.float64)
-    merges = fused(x, remove)
-    for merge in merges:
-        sizes = merged(sizes.unsqueeze(-1), merge).squeeze(-1)
+    merge = fused(x, remove)
+    sizes = merged(sizes.unsqueeze(-1), merge).squeeze(-1)
     assert sizes.shape[1] == tokens - remove
     assert torch.equal(sizes.sum(1), torch.full((ROWS,), float(tokens), dtype=torch.float64))
     assert (sizes[:, 0] == 1).all(), "the class token is in no pair"
-    if remove > 1:
-        ways = [set(merge.gone.flatten().tolist()) for merge in merges]
-        assert len(merges) == 2
-        assert all(position % 2 == 0 for position in ways[0]), "first from every second token to the others"
+    assert (merge.gone[:, : remove // 2] % 2 == 0).all(), "first from every second token to the others"
+    assert (merge.gone[:, remove // 2 :] % 2 == (remove > 1)).all(), "then back"
 
 
 def test_fusion_of_padded_rows() -> None:
     valid = torch.arange(TOKENS) < torch.tensor([18, 11, 4]).unsqueeze(1)
-    sizes = valid.double()
-    for merge in fused(drawn(ROWS, TOKENS, WIDTH), 7, valid):
-        sizes = merged(sizes.unsqueeze(-1), merge).squeeze(-1)
+    sizes = merged(valid.double().unsqueeze(-1), fused(drawn(ROWS, TOKENS, WIDTH), 7, valid)).squeeze(-1)
     assert torch.equal(sizes.sum(1), valid.sum(1).double()), "no real token went into padding"
     assert (sizes[1] > 0).sum() >= 8
     assert (sizes[2] > 0).sum() == 4
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_each_token_is_found_again_in_what_it_became(both: bool) -> None:
+    """Also one that went into a token that went on: sums over what is assigned are the sums of the merge."""
+    x = drawn(ROWS, TOKENS, WIDTH)
+    for seed in range(5):
+        merge = fused(drawn(ROWS, TOKENS, WIDTH, seed=seed), 8, both=both)
+        there = torch.nn.functional.one_hot(assigned(merge, TOKENS), TOKENS - 8).double()
+        assert torch.allclose(there.transpose(1, 2) @ x, merged(x, merge), atol=1e-12)

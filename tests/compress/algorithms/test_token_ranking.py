@@ -49,7 +49,9 @@ def test_votes_converge_to_the_left_eigenvector() -> None:
 
 def test_the_sum_of_a_heads_scores_is_conserved_and_uniform_attention_ranks_nothing() -> None:
     for votes in (1, 5, 30):
-        assert torch.allclose(importance(attention()[:, :1], uniform(), votes).sum(1), torch.full((ROWS,), float(TOKENS)), rtol=1e-5)
+        assert torch.allclose(
+            importance(attention()[:, :1], uniform(), votes).sum(1), torch.full((ROWS,), float(TOKENS)), rtol=1e-5
+        )
     flat = torch.full((ROWS, HEADS, TOKENS, TOKENS), 1 / TOKENS)
     assert torch.allclose(importance(flat, uniform(), 7), torch.ones(ROWS, TOKENS), atol=1e-5)
 
