@@ -41,6 +41,7 @@ MAY_CHANGE = (
 
 SLOW = {
     "what-pays",
+    "fewer-image-tokens",
     "int8-vision",
     "int8-weights-only",
     "nvidia-text-encoder",
@@ -76,6 +77,15 @@ class Case:
 
 
 CASES = [
+    # Padding alone goes: its rows are shorter than what is kept.
+    Case("fewer-text-tokens", "bert", (("rows: 256", "rows: 64"),)),
+    Case(
+        "fewer-image-tokens",
+        "timm:test_vit3",
+        (("timm:deit_tiny_patch16_224", "timm:test_vit3"), ("rows: 256", "rows: 16"), ("rows: 1000", "rows: all")),
+        evaluate=False,
+    ),
+    Case("fused-image-tokens", "vit", (("rows: 1000", "rows: all"),), least_db=3),
     Case("int8-text-encoder", "bert"),
     Case("nncf-text-encoder", "bert", (("rows: 128", "rows: 16"),)),
     Case("float16", "distilbert", (("rows: 128", "rows: 32"),), least_db=50),
