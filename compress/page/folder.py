@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +34,8 @@ class Found:
     manifest: dict[str, Any] | None = None
     validation: Report | None = None
     beside: tuple[str, ...] = ()
+    words: Mapping[int, str] = field(default_factory=dict)
+    """Of token ids, from the tokenizer that lies in the folder."""
 
 
 def read(folder: Path) -> Found:
@@ -50,7 +53,13 @@ def read(folder: Path) -> Found:
         raise UserError(str(folder), what, "Name the folder of a finished run, such as runs/quickstart.")
     report = read_report(folder)
     validation = read_report(folder, "validation.json") if (folder / "validation.json").is_file() else None
-    return Found(report, _manifest(folder / "manifest.json"), validation, _beside(folder, report))
+    return Found(
+        report,
+        _manifest(folder / "manifest.json"),
+        validation,
+        _beside(folder, report),
+        _words(folder / "source" / "tokenizer.json"),
+    )
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
@@ -63,6 +72,17 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not _is_manifest(content):
         raise UserError(str(path), "is not a manifest", _AGAIN)
     return content
+
+
+def _words(path: Path) -> dict[int, str]:
+    """The vocabulary of a tokenizer's file, by id; nothing where there is none, or in another form."""
+    try:
+        vocabulary = json.loads(path.read_text("utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if isinstance(vocabulary, dict):
+        return {number: word for word, number in vocabulary.items() if isinstance(number, int)}
+    return {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
 
 
 def _is_manifest(content: dict[str, Any]) -> bool:

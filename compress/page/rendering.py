@@ -68,7 +68,7 @@ def render(found: Found) -> str:
         roles=sizes.roles(found.report),
         files=sizes.files(found.report),
         legend=sizes.legend(found.report),
-        steps=steps(found.report),
+        steps=steps(found.report, found.words),
         judged=judged(found.report, found.beside),
         parts=story.parts(found.report),
         again=story.again(found),

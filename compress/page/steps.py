@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from compress.page import wording
 from compress.page.outcome import Table, marks, table
+from compress.page.tokens import Mosaic, token_pictures
 from compress.report import Report, StepRecord, Worth
 from compress.worth import brings, costs
 
 __all__ = ["Brought", "Sites", "StepShown", "steps"]
 
-_KNOWN = ("sites", "skipped", "ties")
+_KNOWN = ("sites", "skipped", "ties", "pictures")
 _WORST = ("output_sqnr_db", "sqnr_db", "weight_sqnr_db")
 
 
@@ -53,15 +55,16 @@ class StepShown:
     skipped: tuple[tuple[str, str], ...]
     ties: tuple[str, ...]
     other: tuple[tuple[str, str], ...]
+    pictures: tuple[Mosaic, ...] = ()
 
 
-def steps(report: Report) -> list[StepShown]:
-    """Every pass in its order."""
+def steps(report: Report, words: Mapping[int, str] | None = None) -> list[StepShown]:
+    """Every pass in its order; ``words`` are those of token ids."""
     numbers = marks(report.rows)
-    return [_step(report, number, step, numbers) for number, step in enumerate(report.steps, 1)]
+    return [_step(report, number, step, numbers, words or {}) for number, step in enumerate(report.steps, 1)]
 
 
-def _step(report: Report, number: int, step: StepRecord, numbers: dict[str, int]) -> StepShown:
+def _step(report: Report, number: int, step: StepRecord, numbers: dict[str, int], words: Mapping[int, str]) -> StepShown:
     asked = tuple((name, wording.plain(value)) for name, value in step.options.items() if value not in (None, [], {}))
     sites = step.report.get("sites")
     skipped, ties = step.report.get("skipped"), step.report.get("ties")
@@ -79,7 +82,13 @@ def _step(report: Report, number: int, step: StepRecord, numbers: dict[str, int]
         skipped=tuple((str(path), str(why)) for path, why in skipped.items()) if isinstance(skipped, dict) else (),
         ties=tuple(map(str, ties)) if isinstance(ties, list) else (),
         other=tuple((name, wording.plain(value)) for name, value in step.report.items() if name not in _KNOWN),
+        pictures=_pictures(step, words),
     )
+
+
+def _pictures(step: StepRecord, words: Mapping[int, str]) -> tuple[Mosaic, ...]:
+    told, protected = step.report.get("pictures"), step.report.get("protected", 0)
+    return token_pictures(told, int(protected), words) if isinstance(told, list) else ()
 
 
 def _state(step: StepRecord) -> str:

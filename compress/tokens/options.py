@@ -14,6 +14,7 @@ from compress.passes.contract import Context, Pass, Target
 from compress.surgery import Surgery
 from compress.tokens.attaching import attach, place_of, touched
 from compress.tokens.layout import Layout, find_layout
+from compress.tokens.pictures import pictures
 from compress.tokens.schedule import How, Schedule, check, from_reduce, shares
 from compress.tokens.search import Found, Problem, by_flops, by_time, even
 
@@ -125,6 +126,7 @@ class TokenPass(Pass):
             context.report |= found.json()
         attach(model, context.surgery, layout, schedule, how, place)
         context.report |= self._told(context, layout, schedule, how, place)
+        context.report["pictures"] = pictures(model, *anatomy.traced, _places(layout, schedule))
         return model
 
     def _searched(self, model: nn.Module, context: Context, layout: Layout, how: How, place: Place) -> Found:
@@ -208,3 +210,10 @@ class TokenPass(Pass):
             schedule = Schedule(schedule.keep, self.enter)
         check(self.name, schedule, layout, how.prefix, how.merges)
         return schedule
+
+
+def _places(layout: Layout, schedule: Schedule) -> list[int]:
+    """Numbers of the blocks at which tokens leave, the first twice where they leave before it too."""
+    counts = zip(layout.numbers, schedule.after(layout), strict=True)
+    entered = [layout.numbers[0]] if schedule.enter and schedule.enter < layout.tokens else []
+    return entered + [number for number, (given, then) in counts if then < given]

@@ -37,9 +37,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fuse": ("fuse_tokens", {}),
     "random": ("prune_tokens", {"score": "random"}),
 }
+TEXT: tuple[dict[int, int], ...] = ({0: 32}, {0: 24}, {0: 32, 2: 20}, {0: 24, 2: 16})
 SHARES = (0.85, 0.7, 0.55)
-WANTED = 0.85
-"""Least share of what fewer FLOPs promise that the time of a DeiT-S must give."""
 
 
 @dataclass
@@ -62,9 +61,10 @@ class Bench:
 
     def reduced(self, method: str, **options: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The model after a pass, and what the pass reports."""
-        return reduced(
-            self.source.model, self.source.signature, self.data.example, self.data.calibration_batches, method, **options
-        )
+        source, data = self.source, self.data
+        given: tuple[torch.nn.Module, dict[str, Any]]
+        given = reduced(source.model, source.signature, data.example, data.calibration_batches, method, **options)
+        return given
 
     def statistics(self, model: torch.nn.Module) -> Any:
         """What the metric keeps of the model's outputs on the evaluation rows."""
@@ -88,7 +88,8 @@ def reduced(model: Any, signature: Any, example: Any, calibration: Any, method: 
     name, own = METHODS[method]
     model = copy.deepcopy(model)
     context = Context(signature, find(model, signature, example), calibration, Surgery(), seed=options.pop("seed", 0))
-    return known_passes()[name](**own, **options).run(model, context), context.report
+    step: Any = known_passes()[name]
+    return step(**own, **options).run(model, context), context.report
 
 
 def quality(bench: Bench, out: Path) -> dict[str, Any]:
@@ -118,6 +119,138 @@ def quality(bench: Bench, out: Path) -> dict[str, Any]:
     return found
 
 
+def text(bench: Bench, out: Path) -> dict[str, Any]:
+    """Accuracy of schedules for padded text, on all evaluation rows."""
+    metric = bench.data.metric
+    whole = bench.statistics(bench.source.model)
+    found = _read(out)
+    found["float"] = _figure(metric.estimate(whole))
+    for method in METHODS:
+        for keep in TEXT:
+            key = f"{method} {keep}"
+            if key in found:
+                continue
+            model, told = bench.reduced(method, keep=keep)
+            now = bench.statistics(model)
+            lost = _figure(metric.drop(whole, now))
+            found[key] = {"accuracy": _figure(metric.estimate(now)), "lost": lost, "flops": round(told["flops_share"], 4)}
+            print(f"{bench.name} {key}: {json.dumps(found[key])}", flush=True)
+            out.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def evenly(model: Any, signature: Any, example: Any, method: str, share: float) -> Any:
+    """The model with a schedule that takes as much out at each block, without data."""
+    from compress.anatomy import find
+    from compress.passes import known_passes
+    from compress.surgery import Surgery
+    from compress.tokens.attaching import attach, place_of
+    from compress.tokens.layout import find_layout
+    from compress.tokens.search import Problem, even
+
+    name, own = METHODS[method]
+    made: Any = known_passes()[name]
+    step = made(**own, flops=share)
+    anatomy = find(model, signature, example)
+    layout = find_layout(name, model, anatomy)
+    how = step.how(layout)
+    place = place_of(name, model, anatomy, layout, how)
+    schedule = even(Problem(name, model, anatomy, layout, how, place, layout.numbers), share)
+    attach(model, Surgery(), layout, schedule, how, place)
+    return model
+
+
+def speed(out: Path, repeats: int) -> dict[str, Any]:
+    """ONNX files in ONNX Runtime, one thread, interleaved with the float file: time over what fewer FLOPs promise."""
+    found = _read(out)
+    for name, share in (("deit-s", 0.65), ("cifar10-vit", 0.7)):
+        found[name] = _timed(*_subject(name), [(method, share) for method in METHODS], repeats)
+        print(f"{name}: {json.dumps(found[name])}", flush=True)
+        out.write_text(json.dumps(found, indent=1))
+    bench = Bench.of("sst2-minilm")
+    models = {f"{method} {keep}": bench.reduced(method, keep=keep)[0] for method in ("received", "merge") for keep in TEXT[:2]}
+    found["sst2-minilm"] = _files(bench.source.model, models, bench.source.signature, bench.data.example, repeats)
+    print(f"sst2-minilm: {json.dumps(found['sst2-minilm'])}", flush=True)
+    out.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def _subject(name: str) -> tuple[Any, Any, Any]:
+    """A model, its signature, and rows."""
+    if name != "deit-s":
+        bench = Bench.of(name)
+        return bench.source.model, bench.source.signature, bench.data.example
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from calibrate.signature import Signature, TensorSpec
+
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)).eval()
+    signature = Signature((TensorSpec("pixel_values", torch.float32, ("batch", 3, 224, 224)),), "logits")
+    return model, signature, {"pixel_values": torch.randn(2, 3, 224, 224)}
+
+
+def _timed(model: Any, signature: Any, example: Any, wanted: list[tuple[str, float]], repeats: int) -> dict[str, Any]:
+    models = {}
+    for method, share in wanted:
+        models[f"{method} {share:g}"] = evenly(copy.deepcopy(model), signature, example, method, share)
+    found = _files(model, models, signature, example, repeats)
+    for method, share in wanted:
+        found[f"{method} {share:g}"]["of_the_promise"] = round(share / found[f"{method} {share:g}"]["ratio"][0], 3)
+    return found
+
+
+def _files(model: Any, models: dict[str, Any], signature: Any, example: Any, repeats: int) -> dict[str, Any]:
+    import tempfile
+
+    from calibrate.latency import interleave
+    from export.graph import Traceable
+    from export.to_onnx import OnnxExporter
+
+    exporter, runs = OnnxExporter(), {}
+    batch = {key: value[:1] for key, value in example.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, one in enumerate([model, *models.values()]):
+            path = Path(folder) / str(number) / "model.onnx"
+            path.parent.mkdir()
+            runner = exporter.open(exporter.write(Traceable(one, signature, example), path).path, 1)
+            runs[["float", *models][number]] = lambda runner=runner: runner(batch)
+        timings = interleave(runs, repeats=repeats, warmup=3)
+    return {
+        name: {"ms": round(timing.median_ms, 3), **({"ratio": _figure(timing.ratio)} if timing.ratio else {})}
+        for name, timing in timings.items()
+    }
+
+
+def search(out: Path) -> dict[str, Any]:
+    """Seconds that a latency target takes, timed in ONNX files."""
+    from compress.anatomy import find
+    from compress.file_latency import FileLatency
+    from compress.passes import known_passes
+    from compress.passes.contract import Context
+    from compress.surgery import Surgery
+    from export.graph import Traceable
+    from export.to_onnx import OnnxExporter
+
+    bench = Bench.of("cifar10-vit")
+    source, data = bench.source, bench.data
+
+    def traceable(model: torch.nn.Module) -> Traceable:
+        return Traceable(model, source.signature, data.example)
+
+    began = time.perf_counter()
+    model = copy.deepcopy(source.model)
+    anatomy = find(model, source.signature, data.example)
+    latency = FileLatency(OnnxExporter(), traceable, data.example, out.parent)
+    context = Context(source.signature, anatomy, data.calibration_batches, Surgery(), latency=latency)
+    step: Any = known_passes()["merge_tokens"]
+    step(latency_ratio=0.8).run(model, context)
+    found = {"seconds": round(time.perf_counter() - began, 1), "keep": context.report["keep"], **context.report["latency"]}
+    print(f"search: {json.dumps(found)}", flush=True)
+    out.write_text(json.dumps(found, indent=1))
+    return found
+
+
 def _figure(estimate: Any) -> list[float]:
     return [round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4)]
 
@@ -129,14 +262,23 @@ def _read(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for part in ("quality", "text", "speed", "search"):
+    parts = ("quality", "text", "speed", "search")
+    for part in parts:
         parser.add_argument(f"--{part}", action="store_true")
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/tokens"))
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    if chosen.quality:
+    every = not any(getattr(chosen, part) for part in parts)
+    if chosen.quality or every:
         quality(Bench.of("cifar10-vit"), chosen.out / "quality.json")
+    if chosen.text or every:
+        text(Bench.of("sst2-minilm"), chosen.out / "text.json")
+    if chosen.speed or every:
+        speed(chosen.out / "speed.json", chosen.repeats)
+    if chosen.search or every:
+        search(chosen.out / "search.json")
 
 
 if __name__ == "__main__":

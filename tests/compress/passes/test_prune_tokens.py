@@ -61,7 +61,8 @@ def test_a_search_keeps_to_the_flops_and_beats_an_even_schedule() -> None:
     losses = [one["kl"] for one in told["search"]["tried"]]
     assert told["search"]["loss"]["kl"] == min(losses)
     assert len(losses) > 3
-    again = tried(PruneTokens(keep={int(number): kept for number, kept in told["keep"].items()}, score="received"), *digits())
+    keep = {int(number): kept for number, kept in told["keep"].items()}
+    again = tried(PruneTokens(keep=keep, score="received"), *digits())
     assert torch.equal(again.outputs(again.after), done.outputs(done.after)), "the numbers that it tells give the same"
 
 
