@@ -31,7 +31,8 @@ def pictures(model: nn.Module, signature: Signature, example: Batch, numbers: li
     Returns:
         JSON: ``stages`` with ``groups`` for each row; of an image its pixels as hexadecimal colours, of text its ids.
     """
-    stream = next((found.stream for module in model.modules() if (found := attached_to(module, TokenReducer))), None)
+    layers = [attached_to(module, TokenReducer) for module in model.modules()]
+    stream = next((layer.stream for layer in layers if layer is not None), None)
     if stream is None:
         return []
     rows = {name: value[:_ROWS] for name, value in example.items()}

@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fuse": ("fuse_tokens", {}),
     "random": ("prune_tokens", {"score": "random"}),
 }
-TEXT: tuple[dict[int, int], ...] = ({0: 32}, {0: 24}, {0: 32, 2: 20}, {0: 24, 2: 16})
+TEXT: tuple[dict[int, int], ...] = ({0: 33}, {0: 33, 1: 22}, {0: 33, 1: 26, 2: 22}, {0: 33, 1: 20, 2: 14})
 SHARES = (0.85, 0.7, 0.55)
 
 
