@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from compress.passes.token_schedule import TokenPass
 from compress.tokens.layout import Layout
-from compress.tokens.options import TokenPass
 from compress.tokens.schedule import How
 
 __all__ = ["MergeTokens"]

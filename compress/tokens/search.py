@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,13 +19,15 @@ from calibrate.modes import evaluating
 from compress.anatomy import Anatomy
 from compress.depth.output_scores import first_rows
 from compress.layers.token_reducer import Place
-from compress.passes.contract import Context
 from compress.quantization.sensitivity import Loss, Reference
 from compress.rehearsal import stand_in
 from compress.surgery import Surgery
 from compress.tokens.attaching import attach
 from compress.tokens.layout import Layout
 from compress.tokens.schedule import How, Schedule, shares
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Context
 
 __all__ = ["Found", "Problem", "by_flops", "by_time", "even", "reference"]
 

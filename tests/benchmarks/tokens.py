@@ -180,9 +180,11 @@ def _subject(name: str) -> tuple[Any, Any, Any]:
     if name != "deit-s":
         bench = Bench.of(name)
         return bench.source.model, bench.source.signature, bench.data.example
-    from transformers import ViTConfig, ViTForImageClassification
-
     from calibrate.signature import Signature, TensorSpec
+    from compress.sources import settle_torchvision
+
+    settle_torchvision()
+    from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)).eval()

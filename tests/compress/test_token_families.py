@@ -18,9 +18,9 @@ from compress.passes.contract import Context
 from compress.passes.fuse_tokens import FuseTokens
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.prune_tokens import PruneTokens
+from compress.passes.token_schedule import TokenPass
 from compress.surgery import Edit, Surgery
 from compress.tokens.layout import find_layout
-from compress.tokens.options import TokenPass
 
 KEEP = {0: 11, 1: 7}
 PASSES = {

@@ -17,8 +17,8 @@ from compress.passes.contract import Context
 from compress.passes.fuse_tokens import FuseTokens
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.prune_tokens import PruneTokens
+from compress.passes.token_schedule import TokenPass
 from compress.surgery import Surgery
-from compress.tokens.options import TokenPass
 from export.graph import Traceable
 from export.to_coreml import CoreMLExporter
 from export.to_onnx import OnnxExporter
