@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compress.algorithms.hash_codes import FLOOR, HashCodes, row_weights, sign, softmax_rows, through
 
@@ -121,7 +120,7 @@ def draw(maps: Maps, bits: int, anchors: int, generator: torch.Generator, shared
     """
     sides = (maps.tokens(maps.queries, maps.asked), maps.tokens(maps.keys, maps.allowed))
     centre = torch.stack([side.mean(1) for side in sides])  # [2, H, D]
-    units = [F.normalize(side - middle.unsqueeze(1), dim=-1) for side, middle in zip(sides, centre, strict=True)]
+    units = [torch.nn.functional.normalize(side - middle.unsqueeze(1), dim=-1) for side, middle in zip(sides, centre, strict=True)]
     halves = (anchors - anchors // 2, anchors // 2)
     picked = [torch.randperm(unit.shape[1], generator=generator)[:half] for unit, half in zip(units, halves, strict=True)]
     chosen = torch.cat([unit[:, pick] for unit, pick in zip(units, picked, strict=True)], 1)

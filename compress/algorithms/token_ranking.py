@@ -24,7 +24,8 @@ __all__ = [
     "zero_tprune",
 ]
 
-LEAST_VARIANCE, LARGEST_VARIANCE = 0.01, 0.7
+LEAST_VARIANCE = 0.01
+LARGEST_VARIANCE = 0.7
 """Of a head's scores with mean 1: heads outside say nothing, or of a few tokens only (fig. 16 of the paper)."""
 
 _FIRST, _NEVER = 1e4, -1e4

@@ -18,7 +18,7 @@ from compress.algorithms.token_ranking import attention_from_first, attention_re
 from compress.layers.attached import attached_to
 from compress.layers.token_stream import TokenStream
 
-__all__ = ["Method", "Place", "TokenIds", "TokenReducer"]
+__all__ = ["Method", "Place", "TokenIds", "TokenReducer", "hidden_of", "prunes"]
 
 Method = Literal["zero_tprune", "received", "first_token", "random", "similarity", "criteria"]
 Place = Literal["attention", "block"]
@@ -26,9 +26,14 @@ Place = Literal["attention", "block"]
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
-PRUNES = frozenset({"zero_tprune", "received", "first_token", "random"})
+_PRUNES = frozenset({"zero_tprune", "received", "first_token", "random"})
 _PROBABILITIES = frozenset({"zero_tprune", "received", "first_token", "criteria"})
 """Methods that look at the attention's weights; the others leave it to the fused kernel."""
+
+
+def prunes(method: Method) -> bool:
+    """Whether tokens leave; with the other methods they are merged."""
+    return method in _PRUNES
 
 
 def _stream_of(model: nn.Module) -> TokenStream:
@@ -307,7 +312,7 @@ class _Watched(TorchFunctionMode):
         """The tokens that are left, [B, T, C] -> [B, keep, C]."""
         reducer, stream = self.reducer, self.stream
         assert reducer.keep is not None
-        if reducer.method in PRUNES:
+        if reducer.method in _PRUNES:
             index = self._chosen(reducer.keep)
             stream.keep(index)
             hidden = picked(hidden, index)

@@ -8,7 +8,7 @@ from typing import Any
 
 from calibrate.errors import UserError
 from compress.anatomy import Anatomy, Block
-from compress.layers.token_reducer import PRUNES, Method
+from compress.layers.token_reducer import Method, prunes
 from compress.tokens.layout import Layout
 
 __all__ = ["Cost", "How", "Schedule", "block_costs", "check", "from_reduce", "shares"]
@@ -38,7 +38,7 @@ class How:
 
     @property
     def merges(self) -> bool:
-        return self.method not in PRUNES
+        return not prunes(self.method)
 
 
 @dataclass(frozen=True)
