@@ -17,8 +17,9 @@ from trial import Trial, digits, rebuilt, tried
 
 from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
-from compress.layers import QuantLinear
+from compress.layers import QuantConv2d, QuantLinear
 from compress.passes.quantize import Quantize
+from compress.quantization.reconstruction import Learnable
 from export.graph import Traceable
 from export.saturation import at_risk
 from export.to_onnx import OnnxExporter
@@ -80,11 +81,27 @@ def test_what_held_out_rows_do_not_confirm_is_not_kept(monkeypatch: pytest.Monke
     assert all(torch.equal(one, begun[path]) for path, one in codes(wild).items())
 
 
-def test_static_inputs_and_convolutions_take_part() -> None:
-    options: dict[str, Any] = {"weights": 2, "granularity": "channel", "sites": ["patch_embed", "blocks.0.*"]}
-    begun = tried(Quantize(**options, rounding="gptq"), *digits())
+def test_a_block_with_static_inputs_learns_too() -> None:
+    options: dict[str, Any] = {"weights": 2, "granularity": "channel", "sites": ["blocks.0.*"]}
     found = tried(Quantize(**options, rounding="reconstruct", rounding_steps=60), *digits())
-    assert found.sqnr_db > begun.sqnr_db + 1
+    told = found.context.report["blocks"]["blocks.0"]
+    assert told["sqnr_db_after"] > told["sqnr_db_before"] + 0.5
+    assert all(layer.activation is not None for layer in found.after.modules() if isinstance(layer, QuantLinear))
+
+
+@pytest.mark.parametrize("inputs", ["static", "dynamic", "none"])
+def test_before_it_learns_a_layer_computes_what_it_is(inputs: str) -> None:
+    """Linear layers and a convolution, with and without factors."""
+    options: dict[str, Any] = {"activations": inputs, "weights": 4, "group_size": 16, "sites": ["patch_embed", "blocks.0.*"]}
+    trial = tried(Quantize(**options, smooth_below_db=100), *digits())
+    generator = torch.Generator().manual_seed(0)
+    kinds = set()
+    for layer in [one for one in trial.after.modules() if isinstance(one, (QuantLinear, QuantConv2d))]:
+        shape = (3, 5, layer.quantized_weight.shape[1]) if isinstance(layer, QuantLinear) else (3, 1, 8, 8)
+        x = torch.randn(shape, generator=generator)
+        assert sqnr_db(layer(x), Learnable(layer, None)(x)) > 100
+        kinds.add(type(layer))
+    assert kinds == {QuantLinear, QuantConv2d}
 
 
 def test_too_few_rows_are_refused_by_name() -> None:
