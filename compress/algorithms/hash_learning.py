@@ -120,7 +120,8 @@ def draw(maps: Maps, bits: int, anchors: int, generator: torch.Generator, shared
     """
     sides = (maps.tokens(maps.queries, maps.asked), maps.tokens(maps.keys, maps.allowed))
     centre = torch.stack([side.mean(1) for side in sides])  # [2, H, D]
-    units = [torch.nn.functional.normalize(side - middle.unsqueeze(1), dim=-1) for side, middle in zip(sides, centre, strict=True)]
+    moved = [side - middle.unsqueeze(1) for side, middle in zip(sides, centre, strict=True)]
+    units = [side / side.norm(dim=-1, keepdim=True).clamp(min=1e-12) for side in moved]
     halves = (anchors - anchors // 2, anchors // 2)
     picked = [torch.randperm(unit.shape[1], generator=generator)[:half] for unit, half in zip(units, halves, strict=True)]
     chosen = torch.cat([unit[:, pick] for unit, pick in zip(units, picked, strict=True)], 1)
