@@ -27,7 +27,9 @@ class TokenPass(Pass):
     """Options of a schedule. A subclass says how tokens are chosen (``how``)."""
 
     keep: dict[int, PositiveInt] = Field(
-        {}, description="Tokens that are left after a block, by its number: {2: 48, 4: 32}. Name one of the first five options."
+        {},
+        description="Tokens that are left after a block, by its number: {2: 48, 4: 32}. Name one of the first five options.",
+        json_schema_extra={"propertyNames": {"pattern": "^-?[0-9]+$"}},
     )
     reduce: int | list[int] = Field(
         0, description="Tokens that each block takes out: one number for all (fewer where fewer can go), or one for each block."

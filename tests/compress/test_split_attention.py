@@ -92,7 +92,7 @@ RECIPE = """
 model: mine.py:make
 data: {format: arrays, calibration: {path: a.npz, rows: 0-31}, evaluation: {path: a.npz, rows: 32-63}}
 passes:
-  - quantize: {weights: 8, activations: static}
+  - quantize: {weights: 8, activations: static, reduce_range: pairs}
 export:
   - onnx: {openvino: false}
 accept: {sqnr_db: 25}

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     *("model", "model.source", "model.checkpoint", "data.columns*", "data.*.path", "data.*.rows", "data.tokens"),
     "passes.*.mixed.size_ratio",  # of a small random model most bytes are in its tables
     "passes.*.binarize.repair",  # steps
+    "passes.*.quantize.rounding_steps",
     *(f"passes.*.hash_attention.{option}" for option in ("anchors", "keep", "steps")),  # a small model has few tokens and blocks
 )
 
