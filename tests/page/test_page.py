@@ -274,6 +274,10 @@ def test_the_worst_block_is_named_and_gone_blocks_are_marked() -> None:
     equal = full(blocks=[block.model_copy(update={"sqnr_db": None, "gone": False}) for block in made.blocks], steps=[])
     assert block_plot.blocks(equal) is None
     assert "Nothing differs in any of the 12 blocks" in parsed(equal).text("blocks")
+    shorter = [block.model_copy(update={"note": "its output is [4, 16, 64] instead of [4, 17, 64]"}) for block in equal.blocks]
+    told = parsed(equal.model_copy(update={"blocks": shorter})).text("blocks")
+    assert "Nothing differs" not in told
+    assert "Not compared: block 0: its output is [4, 16, 64]" in told
 
 
 def test_bytes_by_role_and_by_element_type_add_up() -> None:
