@@ -33,7 +33,7 @@ RECIPE = """\
 model: embedded:digits-vit
 data: {format: embedded, calibration: {rows: 64}, evaluation: {rows: 0-149}}
 passes:
-  - quantize: {weights: 8, activations: static}
+  - quantize: {weights: 8, activations: static, reduce_range: pairs}
 export:
   - onnx: {openvino: false}
   - coreml
