@@ -15,6 +15,7 @@ from calibrate.modes import evaluating
 from compress.anatomy import Anatomy, Block
 from compress.layers import HashedAttention, TopKAttention
 from compress.layers.attached import attached_to
+from compress.layers.attention_terms import shared_heads
 from compress.layers.redirected import Redirecting
 
 __all__ = ["Call", "Hashable", "Heard", "find_attentions", "listening"]
@@ -54,7 +55,7 @@ class Call:
     ) -> Call:
         """Of the arguments of ``scaled_dot_product_attention``."""
         if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+            key, value = shared_heads(query, key, value)
         obstacle = ""
         if is_causal:
             obstacle = "it is causal, and sums over the keys before each query are no product of matrices"

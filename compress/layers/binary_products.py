@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from compress.algorithms.straight_through import stepped
+from compress.layers.attention_terms import masked, shared_heads
 from compress.layers.redirected import Redirecting
 
 __all__ = ["BinaryProducts"]
@@ -102,12 +103,12 @@ class BinaryProducts(Redirecting, nn.Module):
     ) -> Tensor:
         """Called as ``scaled_dot_product_attention`` is; attention dropout has no place in it."""
         if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+            key, value = shared_heads(query, key, value)
         signs = self._bits(query, "query") @ self._bits(key, "key").transpose(-1, -2)
         q_plus, q_minus = query @ self.query_plus, query @ self.query_minus
         k_plus, k_minus = ((key @ vector).transpose(-1, -2) for vector in (self.key_plus, self.key_minus))
         scores = (signs + q_minus * k_plus + q_plus * (k_minus + k_plus)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        scores = _masked(scores, attn_mask, is_causal)
+        scores = masked(scores, attn_mask, is_causal)
         chance = scores.softmax(-1)
         half = self.probability_scale / 2
         if self.learning:
@@ -118,13 +119,3 @@ class BinaryProducts(Redirecting, nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, value_dim={self.value_dim}"
-
-
-def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    lowest = torch.finfo(scores.dtype).min
-    if causal:
-        before = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~before, lowest)
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask

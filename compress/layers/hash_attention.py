@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from compress.algorithms.hash_codes import FLOOR, HashCodes, blend, through
+from compress.layers.attention_terms import shared_heads
 from compress.layers.redirected import Redirecting
 
 __all__ = ["HashedAttention"]
@@ -120,7 +121,7 @@ class HashedAttention(Redirecting, nn.Module):
         if is_causal:
             raise ValueError("hash attention has no causal form")
         if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+            key, value = shared_heads(query, key, value)
         mixed: Tensor = self(query, key, value, attn_mask)
         return mixed
 

@@ -16,6 +16,7 @@ from compress.algorithms.token_matching import criteria, fusion, most_merged, so
 from compress.algorithms.token_moves import Merge, assigned, mixed, picked
 from compress.algorithms.token_ranking import attention_from_first, attention_received, kept, zero_tprune
 from compress.layers.attached import attached_to
+from compress.layers.attention_terms import shared_heads
 from compress.layers.token_stream import TokenStream
 
 __all__ = ["Method", "Place", "TokenIds", "TokenReducer", "hidden_of", "prunes"]
@@ -293,7 +294,7 @@ class _Watched(TorchFunctionMode):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+            key, value = shared_heads(query, key, value)
             self.keys = key
         scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:

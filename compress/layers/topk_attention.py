@@ -7,17 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
+
+from compress.layers.attention_terms import masked, shared_heads
+from compress.layers.redirected import Redirecting
 
 __all__ = ["TopKAttention", "attentions"]
 
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax)
 
 
-class TopKAttention:
+class TopKAttention(Redirecting):
     """Attention whose softmax runs over the ``k`` largest scores of each query; the other keys get the weight 0.
 
     It is attached to a module and changes every ``scaled_dot_product_attention``, and every softmax over the last axis, that
@@ -27,8 +29,8 @@ class TopKAttention:
     """
 
     def __init__(self, k: int) -> None:
+        super().__init__()
         self.k = k
-        self._open: list[_Redirected] = []
 
     def config(self) -> dict[str, Any]:
         """What makes it again, as JSON."""
@@ -38,49 +40,36 @@ class TopKAttention:
     def from_config(cls, config: dict[str, Any]) -> TopKAttention:
         return cls(**config)
 
-    def attach(self, model: nn.Module, path: str) -> list[RemovableHandle]:
-        """From now on the module at ``path`` attends so; removing the handles ends it. Copies of the module attend so too."""
-        module = model.get_submodule(path)
-        return [
-            module.register_forward_pre_hook(self._before),
-            module.register_forward_hook(self._after, always_call=True),
-        ]
-
-    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._open.append(_Redirected(self.k))
-        self._open[-1].__enter__()  # type: ignore[no-untyped-call]
-
-    def _after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self._open:
-            self._open.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    def redirect(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attend(self.k, *args, **kwargs)
+        if func in _SOFTMAX and _over_keys(args, kwargs):
+            rest = {name: value for name, value in kwargs.items() if name != "input"}
+            return func(_largest(_given(args, kwargs, 0, "input"), self.k), *args[1:], **rest)
+        return func(*args, **kwargs)
 
 
 @contextmanager
 def attentions() -> Iterator[list[int]]:
     """While it is open, the number of keys of every attention that runs, where ``TopKAttention`` would know it."""
-    mode = _Redirected(None)
+    mode = _Counted()
     with mode:
         yield mode.keys
 
 
-class _Redirected(TorchFunctionMode):
-    """Calls of attention and softmax, with all but the k largest scores masked; None: with all of them."""
+class _Counted(TorchFunctionMode):
+    """Notes the keys of attentions and of softmaxes like theirs."""
 
-    def __init__(self, k: int | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.k, self.keys = k, list[int]()
+        self.keys = list[int]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.keys.append(_given(args, kwargs, 1, "key").shape[-2])
-            return func(*args, **kwargs) if self.k is None else _attend(self.k, *args, **kwargs)
-        if func in _SOFTMAX and _over_keys(args, kwargs):
-            scores = _given(args, kwargs, 0, "input")
-            self.keys.append(scores.shape[-1])
-            if self.k is not None:
-                rest = {name: value for name, value in kwargs.items() if name != "input"}
-                return func(_largest(scores, self.k), *args[1:], **rest)
+        elif func in _SOFTMAX and _over_keys(args, kwargs):
+            self.keys.append(_given(args, kwargs, 0, "input").shape[-1])
         return func(*args, **kwargs)
 
 
@@ -121,13 +110,8 @@ def _attend(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        key, value = shared_heads(query, key, value)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    lowest = torch.finfo(scores.dtype).min
-    if is_causal:
-        before = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~before, lowest)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, lowest) if attn_mask.dtype == torch.bool else scores + attn_mask
+    scores = masked(scores, attn_mask, is_causal)
     weights = _largest(scores, k).softmax(-1)
     return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
