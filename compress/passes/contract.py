@@ -199,8 +199,8 @@ class Pass(BaseModel, ABC):
 def blank(layer: nn.Module, seed: int = 0) -> nn.Module:
     """Gives a layer that was made on the ``meta`` device tensors in memory, and returns it.
 
-    Small tensors hold numbers that differ by ``seed``, so that no two are taken for one, single numbers are 1 or 0; large
-    ones are zeros that take no memory until somebody reads them.
+    Small tensors hold float16 numbers that differ by ``seed``, so that no two are taken for one, single numbers are 1 or 0;
+    large ones are zeros that take no memory until somebody reads them.
     """
     generator = torch.Generator().manual_seed(seed)
     for path, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
@@ -211,7 +211,7 @@ def blank(layer: nn.Module, seed: int = 0) -> nn.Module:
             made = made + int(tensor.is_floating_point())
         elif tensor.numel() <= _SMALL:
             drawn = torch.rand(tensor.shape, generator=generator)
-            made = (drawn + 0.5 if tensor.is_floating_point() else drawn.round()).to(tensor.dtype)
+            made = ((drawn + 0.5).half() if tensor.is_floating_point() else drawn.round()).to(tensor.dtype)
         holder, _, name = path.rpartition(".")
         owner = layer.get_submodule(holder)
         if name in owner._parameters:

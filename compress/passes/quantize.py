@@ -12,6 +12,7 @@ from calibrate.grid import Bits, Granularity
 from calibrate.ranges import RangeMethod
 from compress.algorithms.rounding import WeightRange
 from compress.anatomy import Anatomy
+from compress.layers.fitting import shorten_bias
 from compress.passes.contract import Context, Pass, Target, blank
 from compress.quantization.bit_choice import choose, forecast
 from compress.quantization.bit_driver import drive
@@ -252,7 +253,9 @@ class Quantize(Pass):
             with torch.device("meta"):
                 layer = site_layer(self, model, job)
             if layer.bias is not None:
-                layer.bias = nn.Parameter(module.get_parameter("bias").detach().float(), requires_grad=False)
+                layer.bias = nn.Parameter(module.get_parameter("bias").detach().float().clone(), requires_grad=False)
+                if self.engine == "own" and self.activations == "static" and job.rounds_input:
+                    shorten_bias(layer)
             surgery.replace(model, job.site.path, blank(layer, len(surgery.edits)))
             ties.settle(model, surgery, job.site.path)
 
