@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.quantization.sensitivity_report import SensitivityReport
     from compress.report import Report
     from compress.sources import Source
+    from compress.tokens.sensitivity import TokenSensitivity
 
 __all__ = ["apply", "extract", "inspect", "plan", "sensitivity", "validate"]
 
@@ -79,15 +80,18 @@ def plan(recipe: Recipe | str | Path, *, trust: bool = False, evaluate: bool = T
 def sensitivity(
     recipe: Recipe | str | Path,
     *,
+    step: str | None = None,
     trust: bool = False,
     rows: int | None = None,
     by: str | None = None,
     progress: Progress | None = None,
-) -> SensitivityReport:
-    """What each site of a recipe's ``quantize`` loses alone, without labels: ``compress sensitivity`` from Python.
+) -> SensitivityReport | TokenSensitivity:
+    """What each site of a recipe's ``quantize`` loses alone, or each block where tokens leave, without labels: ``compress
+    sensitivity`` from Python.
 
     Args:
         recipe: a recipe, the path of its file, or the name of a shipped one.
+        step: name of the pass that is measured (default: the first ``quantize``, or else the first that takes tokens out).
         trust: whether Python files that the recipe names may be run.
         rows: calibration rows on which losses are measured (default: 64, or as ``mixed`` says).
         by: a setting that has to be among those that are measured: refused before anything is, where it is not.
@@ -96,11 +100,17 @@ def sensitivity(
     Raises:
         UserError: what the user can change, with the place; ``MissingRuntime`` where a library is absent.
     """
+    from compress.measured_pass import measured_pass
+    from compress.passes.quantize import Quantize
     from compress.quantization import sensitivity_report
+    from compress.tokens import sensitivity as token_sensitivity
 
     found = recipe if isinstance(recipe, Recipe) else read(find_recipe(str(recipe)))
     with _placed(found):
-        return sensitivity_report.make(found, trust=trust, rows=rows, by=by, progress=progress)
+        number, measured = measured_pass(found, step)
+        if isinstance(measured, Quantize):
+            return sensitivity_report.make(found, number, measured, trust=trust, rows=rows, by=by, progress=progress)
+        return token_sensitivity.make(found, number, measured, trust=trust, rows=rows, by=by, progress=progress)
 
 
 @contextmanager

@@ -181,19 +181,25 @@ def sensitivity(
         str | None, typer.Option("--by", metavar="SETTING", help="Setting by whose loss the sites are sorted (the first).")
     ] = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="Calibration rows on which losses are measured (64).")] = None,
+    step: Annotated[
+        str | None,
+        typer.Option("--pass", metavar="NAME", help="Pass that is measured (quantize, or else a token pass)."),
+    ] = None,
     trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the table.")] = False,
 ) -> None:
-    """Show which sites hurt: what the model's outputs lose when one site alone is quantized. No labels are read.
+    """Show where it hurts: what the model's outputs lose when one site alone is quantized, or tokens leave at one block alone.
 
-    Passes before the first `quantize` are carried out first, in memory. Each site is then rounded at each candidate of its
-    `mixed`, or else at 8 bits (with its input rounded, and with the weights alone), 4 and 2 bits. Loss is the SQNR of the
-    outputs in dB: higher is better, and losses add up as noise. Nothing is written but the page.
+    No labels are read. Passes before the measured one are carried out first, in memory. Of a `quantize` each site is rounded at
+    each candidate of its `mixed`, or else at 8 bits (with its input rounded, and with the weights alone), 4 and 2 bits. Of
+    `prune_tokens`, `merge_tokens` or `fuse_tokens` each block hands on 90, 75, 50 and 25 % of the tokens. Loss is the SQNR of the
+    outputs in dB: higher is better. Nothing is written but the page.
 
     **Examples**
 
         compress sensitivity quickstart
         compress sensitivity my.yaml --by 4 --html sensitivity.html
+        compress sensitivity my.yaml --pass merge_tokens
         compress sensitivity my.yaml --json
 
     Exit codes: 0 done; 2 a mistake in the recipe or the data (file:line:column); 3 a library is not installed.
@@ -203,19 +209,21 @@ def sensitivity(
     from compress import api
 
     with _stoppable("stopped; nothing was written"), _progress(quiet) as progress:
-        found = api.sensitivity(recipe, trust=trust, rows=rows, by=by, progress=progress)
+        found = api.sensitivity(recipe, step=step, trust=trust, rows=rows, by=by, progress=progress)
     chosen = by or found.settings[0]
+    view = found.view()
     if html is not None:
         from compress.page.sensitivity import write_sensitivity
 
-        write_sensitivity(found, chosen, html)
+        write_sensitivity(view, chosen, html)
     if as_json:
         print(found.model_dump_json(indent=2))
         return
-    from compress.quantization.sensitivity_table import render
+    from compress.inspection import size
+    from compress.sensitivity_view import render
     from compress.terminal import console, print_table
 
-    for part in render(found, chosen):
+    for part in render(view, chosen, size(found.bytes_before)):
         if isinstance(part, Table):
             print_table(console(), part)
         else:

@@ -1,4 +1,4 @@
-"""The losses of single sites as a page: a plot of every setting along the model, and the table."""
+"""The losses of single places as a page: a plot of every setting along the model, and the table."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import os
 from contextlib import suppress
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calibrate.errors import UserError
-from compress.page import wording
 from compress.page.drawing import Plot, layout, marker
 from compress.page.rendering import TEMPLATES, plotly_program, policy
-
-if TYPE_CHECKING:
-    from compress.quantization.sensitivity_report import SensitivityReport, SiteLoss
+from compress.sensitivity_view import Row, View, loss
 
 __all__ = ["plot", "render_sensitivity", "write_sensitivity"]
 
 
-def write_sensitivity(found: SensitivityReport, by: str, path: Path) -> Path:
+def write_sensitivity(found: View, by: str, path: Path) -> Path:
     """Writes the page (temporary name, then renamed).
 
     Raises:
@@ -36,20 +33,20 @@ def write_sensitivity(found: SensitivityReport, by: str, path: Path) -> Path:
     return path
 
 
-def render_sensitivity(found: SensitivityReport, by: str) -> str:
+def render_sensitivity(found: View, by: str) -> str:
     """The page as text: one file that asks for nothing from elsewhere."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"memory": wording.memory}
     drawn = plot(found)
     scripts = [plotly_program(), (TEMPLATES / "page.js").read_text("utf-8")]
     return environment.get_template("sensitivity.html").render(
         found=found,
         by=by,
-        sites=found.worst_first(by),
+        rows=found.worst_first(by),
+        loss=loss,
         plot=drawn,
         drawn={drawn.name: {"data": drawn.data, "layout": drawn.layout}},
         style=Markup((TEMPLATES / "style.css").read_text("utf-8")),
@@ -58,35 +55,37 @@ def render_sensitivity(found: SensitivityReport, by: str) -> str:
     )
 
 
-def plot(found: SensitivityReport) -> Plot:
-    """One series for each setting, sites from the first to the last."""
+def plot(found: View) -> Plot:
+    """One series for each setting, places from the first to the last."""
     data = [_series(found, name, number) for number, name in enumerate(found.settings, 1)]
     frame = layout(
-        {"title": {"text": "site, in the model's order", "standoff": 8}, "range": [-0.6, len(found.sites) - 0.4]},
+        {
+            "title": {"text": f"{found.place}, in the model's order", "standoff": 8},
+            "range": [-0.6, len(found.rows) - 0.4],
+        },
         {"title": {"text": "SQNR of the outputs, dB"}},
     )
     frame |= {"showlegend": True, "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, "height": 420}
     worst = found.worst_first(found.settings[0])[0]
-    says = f"At {found.settings[0]} {worst.sites[0]} loses most: {_decibels(worst, found.settings[0])}."
-    return Plot("plot-sensitivity", "Each site alone", says, data, frame)
+    says = f"At {found.settings[0]} {worst.place} loses most: {_decibels(worst, found.settings[0])}."
+    return Plot("plot-sensitivity", f"Each {found.place} alone", says, data, frame)
 
 
-def _series(found: SensitivityReport, name: str, number: int) -> dict[str, Any]:
-    losses = [one.settings.get(name) for one in found.sites]
+def _series(found: View, name: str, number: int) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers",
         "name": escape(name),
-        "x": list(range(len(found.sites))),
-        "y": [None if loss is None else loss.db for loss in losses],
+        "x": list(range(len(found.rows))),
+        "y": [row.cells[name].db if name in row.cells else None for row in found.rows],
         "marker": {**marker(number), "size": 9},
         "hoverinfo": "text",
-        "hovertext": [f"<b>{escape(', '.join(one.sites))}</b><br>{escape(name)}: {_decibels(one, name)}" for one in found.sites],
+        "hovertext": [f"<b>{escape(row.place)}</b><br>{escape(name)}: {_decibels(row, name)}" for row in found.rows],
     }
 
 
-def _decibels(site: SiteLoss, name: str) -> str:
-    if name not in site.settings:
+def _decibels(row: Row, name: str) -> str:
+    if name not in row.cells:
         return "not possible"
-    db = site.settings[name].db
-    return "no loss" if db is None else f"{db:.1f} dB"
+    told = loss(row, name)
+    return told if told == "no loss" else f"{told} dB"

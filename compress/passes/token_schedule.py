@@ -133,7 +133,7 @@ class TokenPass(Pass):
         return model
 
     def _searched(self, model: nn.Module, context: Context, layout: Layout, how: How, place: Place) -> Found:
-        problem = Problem(self.name, model, context.anatomy, layout, how, place, self._numbers(layout), self.enter)
+        problem = self._problem(model, context, layout, how, place)
         if self.flops is not None:
             return by_flops(problem, context, self.flops, self.rows)
         if context.latency is None or self.latency_ratio is None:
@@ -141,6 +141,17 @@ class TokenPass(Pass):
                 self.name, "latency_ratio is measured, and no file can be timed here", f"Write flops: {self.latency_ratio:g}."
             )
         return by_time(problem, context, self.latency_ratio, self.rows)
+
+    def problem(self, model: nn.Module, context: Context) -> Problem:
+        """What a search over the blocks of this pass starts from: the blocks, how tokens are chosen, what a schedule costs.
+
+        Raises:
+            UserError: tokens cannot leave the model.
+        """
+        return self._problem(model, context, *self._found(model, context.anatomy, context.seed))
+
+    def _problem(self, model: nn.Module, context: Context, layout: Layout, how: How, place: Place) -> Problem:
+        return Problem(self.name, model, context.anatomy, layout, how, place, self._numbers(layout), self.enter)
 
     def _told(self, context: Context, layout: Layout, schedule: Schedule, how: How, place: Place) -> dict[str, Any]:
         return {

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
 from calibrate.errors import UserError
-from compress.anatomy import Anatomy, find
 from compress.checks import placed
-from compress.datasets import Data, load_data
-from compress.passes.contract import Context
+from compress.datasets import load_data
+from compress.measured_pass import after, context_of
 from compress.passes.quantize import Quantize
 from compress.preparation import model_of
 from compress.progress import Progress
@@ -21,11 +19,12 @@ from compress.quantization.bit_choice import Bits
 from compress.quantization.bit_groups import FLOAT
 from compress.quantization.sensitivity import Sensitivity, decibels, measure
 from compress.quantization.site_options import Choice, SiteOptions, label, options_of
+from compress.sensitivity_view import Cell, Row, View
 from compress.surgery import Surgery
+from compress.wording import size
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
-    from compress.sources import Source
 
 __all__ = ["SensitivityReport", "SettingLoss", "SiteLoss", "Uniform", "make"]
 
@@ -76,30 +75,65 @@ class SensitivityReport(_Record):
     uniform: dict[str, Uniform]
     kept: dict[str, str] = Field(description="sites that stay float whatever is chosen, with the reason")
 
-    def worst_first(self, setting: str) -> list[SiteLoss]:
-        """The sites by what they lose at a setting; those that cannot take it come last."""
-        return sorted(self.sites, key=lambda one: -one.settings[setting].noise if setting in one.settings else 1.0)
+    def view(self) -> View:
+        """As people read it."""
+        return View(
+            name=self.name,
+            model=self.model,
+            before=self.before,
+            facts=f"{self.rows} of {self.calibration} calibration rows, no labels",
+            title="SQNR of the model's outputs in dB when that site alone is rounded",
+            lede="How much of the model’s outputs is kept when that site is rounded and everything else stays in float; higher "
+            "is better.",
+            place="site",
+            settings=self.settings,
+            cost="size",
+            rows=[_row(one) for one in self.sites],
+            total=Row(
+                "all, predicted; the whole model",
+                "",
+                {name: Cell(one.predicted_db, size(one.bytes)) for name, one in self.uniform.items()},
+            ),
+            notes=[
+                *(
+                    f"{site.sites[0]} cannot take {name}: {reason}"
+                    for site in self.sites
+                    for name, reason in site.refused.items()
+                ),
+                *(f"{path} stays float: {reason}" for path, reason in self.kept.items()),
+            ],
+        )
 
 
 def make(
-    recipe: Recipe, *, trust: bool = False, rows: int | None = None, by: str | None = None, progress: Progress | None = None
+    recipe: Recipe,
+    number: int,
+    step: Quantize,
+    *,
+    trust: bool = False,
+    rows: int | None = None,
+    by: str | None = None,
+    progress: Progress | None = None,
 ) -> SensitivityReport:
-    """Carries out the passes before the first ``quantize`` in memory, then measures what that one's sites lose.
+    """Carries out the passes before a ``quantize`` in memory, then measures what that one's sites lose.
 
     The settings are the candidates of its ``mixed``, or else 8 bits with and without rounded inputs, 4 and 2 bits, of
     which a site may refuse some.
 
     Args:
+        number, step: the pass.
         trust: whether Python files that the recipe names may be run.
         rows: calibration rows on which losses are measured (default: as ``mixed`` says, or 64).
         by: a setting that has to be among those that are measured.
 
     Raises:
-        UserError: the recipe has no ``quantize``, or one by NNCF; ``by`` is not among the settings; or what would stop the
+        UserError: it is one by NNCF; ``by`` is not among the settings; or what would stop the
             run, with its place.
     """
     progress = progress or Progress()
-    number, step = _measured(recipe)
+    if step.engine != "own":
+        what = f"quantize: sites are measured as the own engine rounds them, and the recipe has engine: {step.engine}"
+        raise UserError(recipe.place("passes", number, step.name), what, "Take engine out in a copy of the recipe.")
     candidates = _candidates(step)
     settings = [label(options_of(one)) for one in candidates]
     if by is not None and by not in settings:
@@ -109,8 +143,8 @@ def make(
     with progress.step("load model and calibration data"):
         source = model_of(recipe, trust)
         data = load_data(recipe, source, evaluation=False)
-    model = _after(recipe, source, data, number, progress)
-    context = _context(recipe, source, data, model, Surgery(), progress)
+    model = after(recipe, source, data, number, progress)
+    context = context_of(recipe, source, data, model, Surgery(), progress)
     with progress.step("the loss of each site"), placed(recipe, "passes", number, step.name):
         bits = Bits.of(step, model, context.anatomy, candidates, strict=step.mixed is not None)
         wanted = rows or (step.mixed.rows if step.mixed else 64)
@@ -130,17 +164,9 @@ def make(
     )
 
 
-def _measured(recipe: Recipe) -> tuple[int, Quantize]:
-    """The first ``quantize`` and its number."""
-    for number, step in enumerate(recipe.passes):
-        if not isinstance(step, Quantize):
-            continue
-        if step.engine != "own":
-            what = f"quantize: sites are measured as the own engine rounds them, and the recipe has engine: {step.engine}"
-            raise UserError(recipe.place("passes", number, step.name), what, "Take engine out in a copy of the recipe.")
-        return number, step
-    what = "the recipe has no quantize pass whose sites could be measured"
-    raise UserError(recipe.place("passes"), what, "Add one, such as `- quantize: {weights: 8}`.")
+def _row(site: SiteLoss) -> Row:
+    cells = {name: Cell(one.db, size(one.bytes)) for name, one in site.settings.items()}
+    return Row(", ".join(site.sites), site.role, cells)
 
 
 def _candidates(step: Quantize) -> Sequence[Choice | SiteOptions]:
@@ -154,34 +180,3 @@ def _uniform(bits: Bits, found: Sensitivity, name: str) -> Uniform:
     noise = sum(losses[name].noise for losses in found.losses if name in losses)
     size = bits.before + sum(group.sizes[name] - group.whole for group in bits.groups if name in group.sizes)
     return Uniform(bytes=size, predicted_db=decibels(noise))
-
-
-def _after(recipe: Recipe, source: Source, data: Data, count: int, progress: Progress) -> nn.Module:
-    """The model after the first passes."""
-    model, surgery = source.model, Surgery()
-    for number, step in enumerate(recipe.passes[:count]):
-        with progress.step(f"pass {number + 1}: {step.name}"), placed(recipe, "passes", number, step.name):
-            if step.timed:
-                what = f"{step.timed.partition(', ')[0]} is measured in files, which this command does not write"
-                raise UserError(step.name, what, "Put quantize first in a copy of the recipe, or take the option out.")
-            context = _context(recipe, source, data, model, surgery, progress)
-            context.validation = data.judge(source, recipe.data.metric) if step.validates or step.judges else None
-            model = step.run(model, context)
-    return model
-
-
-def _context(recipe: Recipe, source: Source, data: Data, model: nn.Module, surgery: Surgery, progress: Progress) -> Context:
-    return Context(
-        signature=source.signature,
-        anatomy=_anatomy(recipe, source, data, model),
-        calibration=data.calibration_batches,
-        surgery=surgery,
-        rows=len(data.calibration) * data.calibration.group,
-        seed=recipe.seed,
-        progress=progress.update,
-        fingerprint=source.fingerprint,
-    )
-
-
-def _anatomy(recipe: Recipe, source: Source, data: Data, model: nn.Module) -> Anatomy:
-    return find(model, source.signature, data.example, {str(role): paths for role, paths in recipe.model.roles.items()})

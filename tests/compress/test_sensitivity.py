@@ -16,7 +16,9 @@ from calibrate.signature import Batch, Signature, TensorSpec
 from compress import cli
 from compress.anatomy import find
 from compress.embedded import digits_model, digits_rows
-from compress.passes.contract import Context
+from compress.passes.contract import Context, Pass
+from compress.passes.drop_layers import DropLayers
+from compress.passes.merge_tokens import MergeTokens
 from compress.passes.quantize import Quantize
 from compress.quantization import sensitivity_report
 from compress.quantization.bit_groups import bit_groups
@@ -192,3 +194,57 @@ def test_what_cannot_be_told_is_refused_before_anything_is_loaded(
     recipe.write_text(RECIPE.split("  - drop_layers")[0] + f"  - quantize: {quantize}\nexport: [onnx]\n")
     assert ran(monkeypatch, str(recipe), "--quiet", *arguments) == 2
     assert says in capsys.readouterr().err
+
+
+TOKENS = """
+model: embedded:digits-vit
+data: {format: embedded, calibration: {rows: 32}, evaluation: {}}
+passes:
+  - drop_layers: {blocks: [1]}
+  - merge_tokens: {flops: 0.8}
+  - quantize: {weights: 8, activations: none}
+export: [onnx]
+"""
+
+
+def test_of_tokens_it_is_what_a_run_loses_whose_tokens_leave_at_that_block_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, page = tmp_path / "tokens.yaml", tmp_path / "tokens.html"
+    recipe.write_text(TOKENS)
+    assert ran(monkeypatch, str(recipe), "--pass", "merge_tokens", "--json", "--quiet", "--rows", "32", "--html", str(page)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["before"], found["tokens"], found["rows"]) == (["drop_layers"], 17, 32)
+    assert found["settings"] == ["90 %", "75 %", "50 %"]
+    assert [one["block"] for one in found["blocks"]] == [0, 1, 2]
+    assert all("at most 8 can go at once" in one["refused"]["25 %"] for one in found["blocks"])
+    for one in found["blocks"]:
+        flops = [one["settings"][name]["flops"] for name in found["settings"]]
+        assert flops == sorted(flops, reverse=True)
+
+    whole = subject()[0]
+    before = copied(whole, DropLayers(blocks=[1]))
+    after = copied(whole, DropLayers(blocks=[1]), MergeTokens(keep={1: 9}))
+    rows = next(iter(digits_rows("calibration", 32).batches(32)))
+    with torch.inference_mode():
+        wanted = sqnr_db(DIGITS.call(before, rows), DIGITS.call(after, rows))
+    told = next(one for one in found["blocks"] if one["block"] == 1)["settings"]["50 %"]
+    assert told["kept"] == 9
+    assert told["db"] == pytest.approx(wanted, abs=0.05)
+
+    text = page.read_text("utf-8")
+    assert "What each block loses alone" in text
+    assert "no block can hand on 25 %" in text
+    assert ran(monkeypatch, str(recipe), "--pass", "drop_layers", "--quiet") == 2
+    assert "There is: merge_tokens, quantize." in capsys.readouterr().err
+    assert ran(monkeypatch, str(recipe), "--pass", "merge_tokens", "--by", "8", "--quiet") == 2
+    assert "There is: 90 %, 75 %, 50 %, 25 %." in capsys.readouterr().err
+
+
+def copied(model: nn.Module, *steps: Pass) -> nn.Module:
+    """A model after passes."""
+    rows = list(digits_rows("calibration", 32).batches(16))
+    model = stand_in(model)
+    for step in steps:
+        model = step.run(model, Context(DIGITS, find(model, DIGITS, rows[0]), lambda: iter(rows), Surgery(), seed=0))
+    return model
