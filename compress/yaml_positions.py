@@ -34,6 +34,7 @@ _NULL = re.compile(r"|~|null|Null|NULL")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")  # a key as it is, such as the number of a block
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -192,7 +193,7 @@ def _key(event: Event, holder: Node, document: Document) -> str:
     if not isinstance(event, ScalarEvent):
         return ""
     key = _text(event, document)
-    if event.implicit[0] and not isinstance(_scalar(key), str):
+    if event.implicit[0] and not isinstance(_scalar(key), str) and not _NUMBER.fullmatch(key):
         hint = f"Put it in quotes if it is meant as text: '{_short(key)}'."
         document.faults.append(Fault(line, column, f"the key {_short(key) or '(empty)'} is not text", hint))
     if key in holder.keys:

@@ -28,7 +28,7 @@ class TokenPass(Pass):
 
     keep: dict[int, PositiveInt] = Field(
         {},
-        description='Tokens that are left after a block, by its number in quotes: {"2": 48, "4": 32}. Name one of the first five '
+        description='Tokens that are left after a block, by its number: {2: 48, 4: 32}. Name one of the first five '
         "options.",
         json_schema_extra={"propertyNames": {"pattern": "^-?[0-9]+$"}},
     )

@@ -75,7 +75,8 @@ def test_scalars_are_those_of_yaml_1_2(written: str, value: object) -> None:
         ("a: .inf\n", (1, 4), "not a finite number"),
         ("a: 1e999\n", (1, 4), "not a finite number"),
         (f"a: {'9' * 5000}\n", (1, 4), "not a finite number"),
-        ("1: 2\n", (1, 1), "not text"),
+        ("1.5: 2\n", (1, 1), "not text"),
+        ("0x1: 2\n", (1, 1), "not text"),
         ("null: 2\n", (1, 1), "not text"),
         ("? [a]\n: b\n", (1, 3), "a key must be text"),
         ("[" * 100_000, (1, 25), "nested deeper"),
@@ -100,6 +101,15 @@ def test_aliases_do_not_expand() -> None:
     assert time.perf_counter() - started < 5
     assert len(document.faults) == 81
     assert all("alias" in fault.what for fault in document.faults)
+
+
+def test_whole_numbers_are_keys_and_the_same_number_twice_is_one_too_many() -> None:
+    document = parse("keep: {0: 33, -1: 20}\n")
+    assert not document.faults
+    assert document.root is not None
+    assert document.root.data() == {"keep": {"0": 33, "-1": 20}}
+    (fault,) = parse("keep: {0: 33, '0': 20}\n").faults
+    assert "'0' appears twice" in fault.what
 
 
 def test_places_of_keys_and_values() -> None:
