@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.yaml_positions import Step
 
-__all__ = ["check_exporters", "check_timed", "placed"]
+__all__ = ["check_exporters", "check_lengths", "check_timed", "placed"]
 
 
 def check_exporters(recipe: Recipe, source: Traceable) -> None:
@@ -36,6 +36,21 @@ def check_timed(recipe: Recipe, step: Pass) -> None:
     files = ", ".join(exporter.format for exporter in recipe.export)
     found = f"none of the files ({files}) can be timed on this machine" if files else "the recipe exports no file to time"
     raise UserError(step.name, f"{option} is measured, and {found}", f"Write {instead} instead, or add onnx to export.")
+
+
+def check_lengths(recipe: Recipe, step: Pass) -> None:
+    """Refuses a pass that fixes a dimension which a file of the recipe is to leave free.
+
+    Raises:
+        UserError: names the exporter's option.
+    """
+    for number, exporter in enumerate(recipe.export):
+        free = [name for name in getattr(exporter, "dynamic", ()) if name in step.fixes]
+        if free:
+            place = recipe.place("export", number, exporter.format, "dynamic")
+            left = [name for name in getattr(exporter, "dynamic", ()) if name not in step.fixes]
+            what = f"dynamic leaves the number of {free[0]} free, and {step.name} fixes it"
+            raise UserError(f"{place}: {exporter.format}", what, f"Write dynamic: [{', '.join(left)}].")
 
 
 @contextmanager

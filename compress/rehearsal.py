@@ -14,7 +14,7 @@ from calibrate.errors import UserError
 from calibrate.inventory import inventory
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy, find
-from compress.checks import check_timed, placed
+from compress.checks import check_lengths, check_timed, placed
 from compress.surgery import Edit, Surgery
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def rehearse(recipe: Recipe, source: Source, anatomy: Anatomy, example: Batch) -
     wasted: list[tuple[int, int, int]] = []
     blame: list[dict[str, int]] = [{} for _ in recipe.export]
     for number, step in enumerate(recipe.passes):
+        check_lengths(recipe, step)
         with placed(recipe, "passes", number, step.name):
             if number:
                 anatomy = find(model, source.signature, example, roles)

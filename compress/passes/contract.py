@@ -112,6 +112,8 @@ class Pass(BaseModel, ABC):
     """Whether it sorts units by importance; the run then keeps the model that it leaves in the folder ``nested``."""
     begins: ClassVar[bool] = False
     """Whether it begins with a saved model, so that no pass can come before it."""
+    fixes: ClassVar[tuple[str, ...]] = ()
+    """Dimensions of the inputs, such as ``tokens``, that have to be fixed in the files of what it leaves."""
 
     _base: Path = PrivateAttr(Path())
 

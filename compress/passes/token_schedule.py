@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
@@ -26,10 +26,11 @@ _STRENGTHS = ("keep", "reduce", "share", "flops", "latency_ratio")
 class TokenPass(Pass):
     """Options of a schedule. A subclass says how tokens are chosen (``how``)."""
 
+    fixes: ClassVar[tuple[str, ...]] = ("tokens",)
+
     keep: dict[int, PositiveInt] = Field(
         {},
-        description='Tokens that are left after a block, by its number: {2: 48, 4: 32}. Name one of the first five '
-        "options.",
+        description="Tokens that are left after a block, by its number: {2: 48, 4: 32}. Name one of the first five options.",
         json_schema_extra={"propertyNames": {"pattern": "^-?[0-9]+$"}},
     )
     reduce: int | list[int] = Field(

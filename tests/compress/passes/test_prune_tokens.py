@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from trial import DIGITS, digits, tried
 from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from compress.anatomy import find
+from compress.checks import check_lengths
 from compress.passes.contract import Context
 from compress.passes.drop_layers import DropLayers
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.prune_tokens import PruneTokens
 from compress.passes.quantize import Quantize
+from compress.recipe import read
 from compress.surgery import Surgery
 
 EXAMPLE = PruneTokens(reduce=4, votes=2)
@@ -134,3 +137,20 @@ def test_a_second_pass_over_tokens_is_refused() -> None:
     after = tried(PruneTokens(keep={1: 10}), model, signature, rows).after
     with pytest.raises(UserError, match="reduced already"):
         MergeTokens(reduce=1).targets(after, find(after, signature, rows[0]))
+
+
+@pytest.mark.parametrize("step", ["prune_tokens: {keep: {0: 33}}", "merge_tokens: {reduce: 4}", "fuse_tokens: {share: 0.8}"])
+def test_a_file_whose_length_is_to_be_free_is_refused_with_what_to_write(step: str, tmp_path: Path) -> None:
+    path = tmp_path / "free.yaml"
+    path.write_text(
+        "model: hf:some/encoder\ndata: {format: text, tokens: 64, calibration: {path: rows.tsv}}\n"
+        f"passes:\n  - {step}\nexport:\n  - coreml\n  - onnx: {{dynamic: [batch, tokens]}}\n"
+    )
+    recipe = read(path)
+    with pytest.raises(UserError, match="leaves the number of tokens free") as caught:
+        check_lengths(recipe, recipe.passes[0])
+    assert caught.value.where.endswith("free.yaml:7:21: onnx")
+    assert "dynamic: [batch]" in caught.value.hint
+    path.write_text(path.read_text().replace(", tokens]", "]"))
+    recipe = read(path)
+    check_lengths(recipe, recipe.passes[0])
