@@ -201,9 +201,8 @@ def speed(out: Path, repeats: int) -> dict[str, Any]:
     for key, told in _read(out.with_name("text.json")).items():
         method, _, options = key.partition(" ")
         if method in ("received", "merge"):
-            models[key] = bench.reduced(
-                method, keep=told["keep"], **{"enter": at for at in [json.loads(options).get("enter")] if at}
-            )[0]
+            entered = {name: at for name, at in json.loads(options).items() if name == "enter"}
+            models[key] = bench.reduced(method, keep=told["keep"], **entered)[0]
     found["sst2-minilm"] = _files(bench.source.model, models, bench.source.signature, bench.data.example, repeats)
     print(f"sst2-minilm: {json.dumps(found['sst2-minilm'])}", flush=True)
     out.write_text(json.dumps(found, indent=1))

@@ -143,7 +143,7 @@ def test_a_second_pass_over_tokens_is_refused() -> None:
 def test_a_file_whose_length_is_to_be_free_is_refused_with_what_to_write(step: str, tmp_path: Path) -> None:
     path = tmp_path / "free.yaml"
     path.write_text(
-        "model: hf:some/encoder\ndata: {format: text, tokens: 64, calibration: {path: rows.tsv}}\n"
+        "model: hf:some/encoder\ndata: {format: text, tokens: 64, columns: {text: 0}, calibration: {path: rows.tsv}}\n"
         f"passes:\n  - {step}\nexport:\n  - coreml\n  - onnx: {{dynamic: [batch, tokens]}}\n"
     )
     recipe = read(path)
