@@ -143,6 +143,7 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRec
         latency=_latency(run),
         validation=run.data.judge(run.source, run.recipe.data.metric) if step.validates or step.judges else None,
         fingerprint=run.source.fingerprint,
+        scratch=run.journal.folder / f"unfinished-{number}",
     )
     before, started = inventory(subject.model), time.perf_counter()
     with placed(run.recipe, "passes", number - 1, step.name):

@@ -5,6 +5,7 @@ from compress.layers.attention import SplitAttention, split_attention
 from compress.layers.binary import BinaryActivation, BinaryCodes, BinaryConv2d, BinaryLinear
 from compress.layers.binary_products import BinaryProducts
 from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
+from compress.layers.channel_affine import ChannelAffine
 from compress.layers.hash_attention import HashedAttention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
 from compress.layers.token_reducer import TokenIds, TokenReducer
@@ -21,6 +22,7 @@ __all__ = [
     "CastConv2d",
     "CastEmbedding",
     "CastLinear",
+    "ChannelAffine",
     "Codes",
     "HashedAttention",
     "QuantConv2d",

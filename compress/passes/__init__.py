@@ -20,13 +20,14 @@ from compress.passes.nest_widths import NestWidths
 from compress.passes.prune_tokens import PruneTokens
 from compress.passes.prune_width import PruneWidth
 from compress.passes.quantize import Quantize
+from compress.passes.replace_norms import ReplaceNorms
 from compress.passes.topk_attention import TopkAttention
 
 __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
 PASSES: tuple[type[Pass], ...] = (
     Quantize, Cast, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, HashAttention, FuseLayers,
-    Binarize, PruneTokens, MergeTokens, FuseTokens,
+    Binarize, PruneTokens, MergeTokens, FuseTokens, ReplaceNorms,
 )  # fmt: skip
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 

@@ -60,6 +60,7 @@ class Context:
     known). ``report`` collects what the pass wants to say in the run's report (JSON values; ``warnings`` is a list of
     sentences). ``progress`` is told (done, total, what). ``latency`` is there where a file of the recipe can be timed.
     ``validation`` judges a model by labelled rows that no file is judged by (None: the pass did not ask for it).
+    ``scratch`` is a folder for what a long pass goes on from when it is interrupted; it need not exist yet.
     ``fingerprint`` is that of the float model, ``nested`` what a pass says that sorts units by importance.
     """
 
@@ -75,6 +76,7 @@ class Context:
     validation: Validation | None = None
     fingerprint: str = ""
     nested: Nested | None = None
+    scratch: Path | None = None
 
     def call(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The model's output for one batch."""

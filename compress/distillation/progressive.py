@@ -1,0 +1,271 @@
+"""A whole model trained, without labels, while a part of it is slowly exchanged: what it gave at its blocks and as its output is
+what it should give again.
+
+The exchange has a share that falls from 1 to 0 with the steps (``Exchange.set``); a state is judged, on held-out rows, once the
+share is 0. Training that is interrupted goes on from the state that was written last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.signature import Batch
+from compress.distillation.listening import count, hear, still
+from compress.distillation.training import Lesson
+
+__all__ = ["Exchange", "Road", "Travelled", "travel"]
+
+Call = Callable[[nn.Module, Batch], Tensor]
+Progress = Callable[[int, int, str], None]
+
+
+class Exchange(Protocol):
+    """What is exchanged."""
+
+    def set(self, share: float, learning: bool) -> None:
+        """``share`` of what was there before; ``learning``: as in training, otherwise as it will be in the end, at share 0."""
+        ...
+
+    def settle(self, batches: list[Batch], call: Callable[[Batch], Any]) -> None:
+        """Takes its statistics from these rows, at share 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Road:
+    """How long, how fast, and when the share has fallen.
+
+    Attributes:
+        steps: of training.
+        rate: the largest learning rate, of Adam; it rises over the first 5 % and falls to zero along a cosine.
+        decay: share of the steps over which the share falls to 0, linearly.
+        fixed: share of the steps, the last ones, in which statistics do not change any more.
+        checks: times that the held-out rows are asked after the share is 0.
+        clip: the largest norm of the gradient of all parameters.
+        keep: steps after which the state is written.
+    """
+
+    steps: int
+    rate: float
+    decay: float = 0.7
+    fixed: float = 0.1
+    checks: int = 12
+    clip: float = 1.0
+    keep: int = 100
+    seed: int = 0
+
+
+@dataclass
+class Travelled:
+    """What training brought, on the held-out rows.
+
+    Attributes:
+        loss_start: of the exchanged parts as they were fitted, untrained; loss: of the state that was kept.
+        best_step: whose state it is; 0: the untrained one.
+        rows, held_rows: learnt from, judged on.
+        resumed_at: the step at which an interrupted run went on; 0: it was not.
+        stopped: why it ended before the last step; "": it did not.
+    """
+
+    loss_start: float
+    loss: float
+    best_step: int
+    steps: int
+    rows: int
+    held_rows: int
+    parameters: int
+    resumed_at: int = 0
+    stopped: str = ""
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def travel(
+    model: nn.Module,
+    call: Call,
+    lesson: Lesson,
+    exchange: Exchange,
+    road: Road,
+    progress: Progress,
+    folder: Path | None = None,
+) -> Travelled:
+    """Trains all parameters of a model; the best state that was judged is left in it.
+
+    Args:
+        model: its parameters are its own (``owned``).
+        folder: where the state is written; None: nowhere.
+    """
+    with still(model, gradients=True):
+        wanted = [parameter.requires_grad for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        try:
+            return _Travel(model, call, lesson, exchange, road, progress, folder).run()
+        finally:
+            exchange.set(0.0, False)
+            for parameter, grad in zip(model.parameters(), wanted, strict=True):
+                parameter.requires_grad_(grad)
+
+
+class _Travel:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: Call,
+        lesson: Lesson,
+        exchange: Exchange,
+        road: Road,
+        progress: Progress,
+        folder: Path | None,
+    ) -> None:
+        self.model, self.call, self.lesson, self.exchange = model, call, lesson, exchange
+        self.road, self.progress, self.folder = road, progress, folder
+        self.parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=road.rate, betas=(0.9, 0.98))
+        self.best: dict[str, Tensor] = {}
+        learnt = sum(one.numel() for one in self.parameters.values())
+        self.told = Travelled(0.0, 0.0, 0, road.steps, count(lesson.fit), count(lesson.held), learnt)
+
+    def run(self) -> Travelled:
+        road, told = self.road, self.told
+        self.exchange.set(0.0, False)
+        told.loss_start = told.loss = self._judged()
+        self.best = self._state()
+        first = told.resumed_at = self._resumed()
+        free = math.ceil(road.decay * road.steps)
+        settled = max(free, road.steps - max(1, round(road.fixed * road.steps)))
+        every = max(1, (road.steps - free) // max(road.checks, 1))
+        for step, number in enumerate(self._order(), 1):
+            if step <= first:
+                continue
+            if step == settled + 1:
+                self._settle()
+            self.exchange.set(max(0.0, 1 - (step - 1) / max(free, 1)), step <= settled)
+            if not self._step(step, number):
+                told.stopped = f"the loss at step {step} was not finite; the best state before it was kept"
+                break
+            self.progress(step, road.steps, "steps of training")
+            if step == road.steps or (step > free and (step - free) % every == 0):
+                if step <= settled:
+                    self._settle()
+                self._compare(step)
+            if step % road.keep == 0 and step < road.steps:
+                self._keep(step)
+        self._put(self.best)
+        if self.folder is not None and self.folder.exists():
+            for path in self.folder.iterdir():
+                path.unlink()
+        return told
+
+    def _order(self) -> Iterator[int]:
+        """The batches to learn from, shuffled anew for each epoch."""
+        generator, left = torch.Generator().manual_seed(self.road.seed), self.road.steps
+        while left > 0 and self.lesson.fit:
+            for number in torch.randperm(len(self.lesson.fit), generator=generator).tolist()[:left]:
+                yield number
+                left -= 1
+
+    def _step(self, step: int, number: int) -> bool:
+        """One step; False: the loss or its gradient is not finite, and nothing was changed."""
+        warm = max(1, round(0.05 * self.road.steps))
+        fall = (1 + math.cos(math.pi * (step - 1) / self.road.steps)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.road.rate * min(1.0, step / warm) * fall
+        loss = self._loss(self.lesson.fit[number], self.lesson.wanted[0][number])
+        self.optimizer.zero_grad(set_to_none=True)
+        if not loss.isfinite():
+            return False
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.road.clip)
+        if not norm.isfinite():
+            return False
+        self.optimizer.step()
+        return True
+
+    def _loss(self, batch: Batch, wanted: Any) -> Tensor:
+        heard = hear(self.model, self.call, batch, self.lesson.paths, bool(self.lesson.output))
+        found = self.lesson.losses(heard, wanted, batch)
+        return sum((loss / max(positions, 1) for loss, _, positions in found.values()), torch.zeros(()))
+
+    @torch.no_grad()
+    def _judged(self) -> float:
+        self.exchange.set(0.0, False)
+        pairs = zip(self.lesson.held, self.lesson.wanted[1], strict=True)
+        losses = [(float(self._loss(batch, wanted)), count([batch])) for batch, wanted in pairs]
+        total = sum(loss * rows for loss, rows in losses) / max(sum(rows for _, rows in losses), 1)
+        return total if math.isfinite(total) else math.inf
+
+    def _settle(self) -> None:
+        with torch.no_grad():
+            self.exchange.settle(self.lesson.fit, lambda batch: self.call(self.model, batch))
+
+    def _compare(self, step: int) -> None:
+        if (now := self._judged()) < self.told.loss:
+            self.told.loss, self.told.best_step, self.best = now, step, self._state()
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**self.parameters, **{f"buffer {name}": one for name, one in self.model.named_buffers()}}
+
+    @torch.no_grad()
+    def _put(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state[name])
+
+    def _keep(self, step: int) -> None:
+        """Writes where training is: to a temporary name, then renamed."""
+        if self.folder is None:
+            return
+        from safetensors.torch import save_file
+
+        moments = {
+            f"{key} {name}": self.optimizer.state[one][key]
+            for name, one in self.parameters.items()
+            if one in self.optimizer.state
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+        best = {f"best {name}": one for name, one in self.best.items()}
+        now = {f"now {name}": one.detach().clone() for name, one in self._tensors().items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        facts = {"step": step, "told": self.told.json(), "road": asdict(self.road)}
+        unfinished = self.folder / "training.part"
+        tensors = {key: one.contiguous() for key, one in {**now, **best, **moments}.items()}
+        save_file(tensors, unfinished, {"facts": json.dumps(facts)})
+        os.replace(unfinished, self.folder / "training.safetensors")
+
+    @torch.no_grad()
+    def _resumed(self) -> int:
+        """The step up to which a state was written, which is then put back; 0: none was."""
+        path = None if self.folder is None else self.folder / "training.safetensors"
+        if path is None or not path.exists():
+            return 0
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError):
+            return 0
+        if facts["road"] != asdict(self.road):
+            return 0
+        self._put({name: held[f"now {name}"] for name in self._tensors()})
+        self.best = {name: held[f"best {name}"] for name in self._tensors()}
+        for name, one in self.parameters.items():
+            if f"step {name}" in held:
+                self.optimizer.state[one] = {key: held[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        told = facts["told"]
+        self.told.loss_start, self.told.loss, self.told.best_step = told["loss_start"], told["loss"], told["best_step"]
+        return int(facts["step"])

@@ -1,0 +1,1 @@
+"""Normalisations that training turns into factors of the layers after them."""

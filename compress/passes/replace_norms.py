@@ -1,0 +1,148 @@
+"""No norms: each becomes factors of the layers after it, by training without labels."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import nn
+
+from calibrate.capture import split
+from calibrate.errors import UserError
+from compress.anatomy import Anatomy
+from compress.depth.repair import parted
+from compress.distillation.progressive import Road, Travelled, travel
+from compress.distillation.training import LiveLesson
+from compress.layers import ChannelAffine, is_quantized
+from compress.norms.merging import merge
+from compress.norms.replacing import NormExchange, obstacles, own_parameters
+from compress.passes.contract import Context, Pass, Target
+from compress.rehearsal import stand_in
+from compress.surgery import Surgery
+
+__all__ = ["ReplaceNorms"]
+
+
+class ReplaceNorms(Pass):
+    """Train the layer norms (or RMS norms) of a model away: what is left of each is one factor and one constant a channel, which
+    the linear layers after it take in.
+
+    The progressive re-parameterised batch normalisation of SLAB (Guo et al. 2024, arXiv 2405.11582, sec. 3.1): a norm's share
+    falls from 1 to 0 over the first part of the training, that of RepBN(x) = BN(x) + alpha x rises. The training is a
+    distillation without labels: the model should give again, at each block and as its output, what it gave with its norms, on
+    calibration rows. The more rows there are the better (thousands); the last fourth, 64 at most, is held out and says which
+    state is kept. An interrupted run goes on from the last hundred steps. RepBN begins as near to its norm as it can be, and in
+    the last tenth of the steps its statistics stand still, as they will in a file.
+
+    Factors go into a norm's readers where those are linear layers and nothing else reads it: that is tried, not looked up. In
+    models that add what a norm gives (BERT) one product and one sum stay, which are no normalisation. Norms over other axes, or
+    that run more than once, stay and are named.
+    """
+
+    name: ClassVar[str] = "replace_norms"
+    source: ClassVar[str] = "Guo et al. 2024, arXiv 2405.11582"
+    needs_calibration: ClassVar[bool] = True
+
+    sites: list[str] | None = Field(None, description="Roles or module paths, wildcards allowed. Default: every norm.")
+    skip: list[str] = Field([], description="Roles or module paths whose norms stay, wildcards allowed.")
+    steps: PositiveInt = Field(3000, description="Steps of training.")
+    rows: PositiveInt = Field(32, description="Calibration rows in one step.")
+    rate: PositiveFloat = Field(5e-4, description="The largest learning rate, of Adam.")
+    decay: float = Field(0.7, ge=0, le=0.9, description="Share of the steps over which the norms fade.")
+
+    def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
+        return [
+            Target(path, "norm", f"{channels} channels: trained to factors and constants")
+            for path, channels in self._found(model, anatomy)[0].items()
+        ]
+
+    def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+        return self._found(model, anatomy)[1]
+
+    @property
+    def assumes(self) -> str:
+        return "what training brings is found by the run"
+
+    def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
+        found, _ = self._found(model, anatomy)
+        with torch.no_grad():
+            self._left(model, anatomy, surgery, {path: (torch.ones(count), torch.zeros(count)) for path, count in found.items()})
+
+    def run(self, model: nn.Module, context: Context) -> nn.Module:
+        found, skipped = self._found(model, context.anatomy)
+        batches = list(context.calibration())
+        fit, held = ([*split(part, self.rows)] for part in parted(batches))
+        teacher = stand_in(model)
+        own_parameters(model)
+        logits = bool(context.anatomy.roles.get("head")) and context.signature.output in ("tensor", "logits")
+        blocks = [block.path for block in context.anatomy.blocks]
+        lesson = LiveLesson(teacher, context.call, (fit, held), blocks, "logits" if logits else "features")
+        exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch))
+        road = Road(self.steps, self.rate, self.decay, seed=context.seed)
+        taught = travel(model, context.call, lesson, exchange, road, context.progress, context.scratch)
+        affine = {}
+        with torch.no_grad():
+            for path, part in exchange.parts.items():
+                factor, constant = part.affine()
+                affine[path] = (factor.detach(), constant.detach())
+            merged = self._left(model, context.anatomy, context.surgery, affine)
+        context.report |= {
+            "norms": {path: {"channels": found[path], "merged_into": merged[path]} for path in found},
+            "skipped": skipped,
+            "training": taught.json(),
+            "warnings": _warnings(taught, merged),
+        }
+        return model
+
+    def _left(
+        self, model: nn.Module, anatomy: Anatomy, surgery: Surgery, affine: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> dict[str, list[str]]:
+        """Puts factors and constants in the place of norms, and into what reads them; by norm, what took them."""
+        signature, example = anatomy.traced
+        row = {name: tensor[:1] for name, tensor in example.items()}
+        for path, (factor, constant) in affine.items():
+            layer = ChannelAffine(len(factor))
+            assert layer.weight is not None
+            assert layer.bias is not None
+            layer.weight.copy_(factor)
+            layer.bias.copy_(constant)
+            surgery.replace(model, path, layer)
+        heads = [site.path for site in anatomy.sites if "head" in site.roles]
+        return {path: merge(model, surgery, path, signature.call, row, heads) for path in affine}
+
+    def _found(self, model: nn.Module, anatomy: Anatomy) -> tuple[dict[str, int], dict[str, str]]:
+        """The norms that are replaced, with their channels; and why others are not, by path.
+
+        Raises:
+            UserError: there is none, or the model is quantized.
+        """
+        if any(is_quantized(module) for module in model.modules()):
+            what = "the model is quantized, and its codes cannot be trained"
+            raise UserError(self.name, what, "Put replace_norms before quantize.")
+        chosen = anatomy.sites if self.sites is None else anatomy.select(self.sites, self.name)
+        norms = [site.path for site in chosen if site.kind == "norm"]
+        left = {site.path for site in anatomy.select(self.skip, self.name)} if self.skip else set()
+        signature, example = anatomy.traced
+        reasons = {path: "named under skip" for path in norms if path in left}
+        bare = {path for path in norms if model.get_submodule(path)._parameters.get("weight") is None}
+        reasons |= dict.fromkeys(bare - left, "it has no weight")
+        reasons |= obstacles(model, signature.call, example, [path for path in norms if path not in left | bare])
+        found = {path: _channels(model.get_submodule(path)) for path in norms if path not in reasons}
+        if not found:
+            why = next((f"{path}: {reason}." for path, reason in reasons.items()), "See what it has with: compress inspect.")
+            raise UserError(self.name, "no norm can be replaced", why)
+        return found, reasons
+
+
+def _channels(module: nn.Module) -> int:
+    return int(module.get_parameter("weight").numel())
+
+
+def _warnings(taught: Travelled, merged: dict[str, list[str]]) -> list[Any]:
+    said = []
+    if taught.stopped:
+        said.append(f"training stopped: {taught.stopped}")
+    if not taught.best_step:
+        said.append("training brought nothing: the norms are what fits them best without training; give more rows or steps")
+    return said
