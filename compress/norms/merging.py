@@ -16,28 +16,45 @@ from torch import Tensor, nn
 from calibrate.fidelity import sqnr_db
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
+from compress.anatomy import Anatomy
 from compress.layers import ChannelAffine
 from compress.surgery import Surgery
 
-__all__ = ["merge", "readers"]
+__all__ = ["candidates", "merge", "readers"]
 
+_ATTENTION = {"attention.query", "attention.key", "attention.value"}
+_MLP = {"mlp.up", "mlp.gate"}
 _SAME_DB = 80.0
 """What float32 leaves of the same function computed in another order; a reader that was missed leaves a few dB."""
 
 
+def candidates(anatomy: Anatomy, path: str) -> list[list[str]]:
+    """Linear layers that may read what the norm at a path gives, by way of windows or of a selection: projections of attention
+    or the first of the MLP in its block, outside of blocks the head."""
+    block = next((site.block for site in anatomy.sites if site.path == path), None)
+    beside = [site for site in anatomy.sites if site.block == block and site.kind == "linear"]
+    wanted = [_ATTENTION, _MLP] if block is not None else [{"head"}]
+    return [[site.path for site in beside if roles & set(site.roles)] for roles in wanted]
+
+
 def merge(
-    model: nn.Module, surgery: Surgery, path: str, call: Callable[[nn.Module, Batch], Tensor], row: Batch, heads: Sequence[str]
+    model: nn.Module,
+    surgery: Surgery,
+    path: str,
+    call: Callable[[nn.Module, Batch], Tensor],
+    row: Batch,
+    others: Sequence[Sequence[str]] = (),
 ) -> list[str]:
     """Folds the ``ChannelAffine`` at a path into what reads it, and leaves the identity there.
 
     Args:
         row: one row, to try it with.
-        heads: linear layers that may read it by way of a selection, such as that of the class token.
+        others: see ``candidates``; what receives the very tensor is tried first.
 
     Returns:
         The layers that took it; none: it stays, because something else reads it too.
     """
-    for chosen in (readers(model, path, call, row), list(heads)):
+    for chosen in (readers(model, path, call, row), *map(list, others)):
         if chosen and all(_suits(model, one, path) for one in chosen) and _holds(model, path, call, row, chosen):
             layer = _affine(model, path)
             assert layer.weight is not None

@@ -15,7 +15,7 @@ from compress.depth.repair import parted
 from compress.distillation.progressive import Road, Travelled, travel
 from compress.distillation.training import LiveLesson
 from compress.layers import ChannelAffine, is_quantized
-from compress.norms.merging import merge
+from compress.norms.merging import candidates, merge
 from compress.norms.replacing import NormExchange, obstacles, own_parameters
 from compress.passes.contract import Context, Pass, Target
 from compress.rehearsal import stand_in
@@ -52,10 +52,15 @@ class ReplaceNorms(Pass):
     decay: float = Field(0.7, ge=0, le=0.9, description="Share of the steps over which the norms fade.")
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
-        return [
-            Target(path, "norm", f"{channels} channels: trained to factors and constants")
-            for path, channels in self._found(model, anatomy)[0].items()
+        found, _ = self._found(model, anatomy)
+        roles = {site.path: ", ".join(site.roles) for site in anatomy.sites}
+        targets = [Target(path, "norm", f"{count} channels: trained to factors and constants") for path, count in found.items()]
+        learning = [
+            path
+            for path, module in model.named_modules()
+            if path and path not in found and any(one.is_floating_point() for one in module.parameters(recurse=False))
         ]
+        return targets + [Target(path, roles.get(path, ""), "learns with them") for path in learning]
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
         return self._found(model, anatomy)[1]
@@ -108,8 +113,7 @@ class ReplaceNorms(Pass):
             layer.weight.copy_(factor)
             layer.bias.copy_(constant)
             surgery.replace(model, path, layer)
-        heads = [site.path for site in anatomy.sites if "head" in site.roles]
-        return {path: merge(model, surgery, path, signature.call, row, heads) for path in affine}
+        return {path: merge(model, surgery, path, signature.call, row, candidates(anatomy, path)) for path in affine}
 
     def _found(self, model: nn.Module, anatomy: Anatomy) -> tuple[dict[str, int], dict[str, str]]:
         """The norms that are replaced, with their channels; and why others are not, by path.

@@ -1,0 +1,193 @@
+"""Norms that are trained away: what RepBN is at its limits, what takes its factors, what training brings, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from trial import DIGITS, digits, tried
+
+from calibrate.errors import UserError
+from calibrate.fidelity import sqnr_db
+from compress.anatomy import find
+from compress.distillation.progressive import Road, travel
+from compress.distillation.training import LiveLesson
+from compress.layers import ChannelAffine
+from compress.norms.rep_norm import Moments, RepNorm
+from compress.norms.replacing import NormExchange, own_parameters
+from compress.passes.contract import Context
+from compress.passes.quantize import Quantize
+from compress.passes.replace_norms import ReplaceNorms
+from compress.rehearsal import stand_in
+from compress.surgery import Surgery
+
+EXAMPLE = ReplaceNorms(steps=8, rows=16, rate=1e-3)
+
+CHANNELS = 12
+
+
+def rep_norm(norm: nn.Module | None = None) -> tuple[RepNorm, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 7, CHANNELS, generator=generator) * torch.linspace(0.5, 3, CHANNELS) + torch.linspace(-2, 2, CHANNELS)
+    made = RepNorm(norm or nn.LayerNorm(CHANNELS), CHANNELS)
+    with torch.no_grad():
+        for parameter in (made.gamma, made.beta, made.alpha):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return made, x
+
+
+def test_the_share_leads_from_the_norm_to_rep_bn() -> None:
+    """SLAB, eq. 3: lambda 1 is the norm, lambda 0 is RepBN, and between them it is linear in lambda."""
+    made, x = rep_norm()
+    made.learning = True
+    given = {}
+    for share in (1.0, 0.5, 0.0):
+        made.share = share
+        given[share] = made(x)
+    assert torch.equal(given[1.0], made.norm(x))
+    flat = x.reshape(-1, CHANNELS)
+    scaled = (x - flat.mean(0)) / (flat.var(0, unbiased=False) + 1e-5).sqrt()
+    assert sqnr_db(scaled * made.gamma + made.beta + made.alpha * x, given[0.0]) > 110
+    assert sqnr_db((given[1.0] + given[0.0]) / 2, given[0.5]) > 110
+
+
+def test_what_files_hold_is_rep_bn_with_settled_statistics() -> None:
+    """Merged, eq. 5: gamma / sqrt(var + eps) + alpha and beta - gamma mean / sqrt(var + eps)."""
+    made, x = rep_norm()
+    made.share, made.learning = 0.0, True
+    made.collect()
+    batch = made(x)
+    made.settle()
+    made.learning = False
+    assert sqnr_db(batch, made(x)) > 100
+    factor, constant = made.affine()
+    assert sqnr_db(made(x), x * factor + constant) > 110
+
+
+def test_gamma_the_deviation_and_beta_the_mean_are_the_identity() -> None:
+    made, x = rep_norm()
+    flat = x.reshape(-1, CHANNELS)
+    with torch.no_grad():
+        made.mean.copy_(flat.mean(0))
+        made.variance.copy_(flat.var(0, unbiased=False))
+        made.gamma.copy_((made.variance + 1e-5).sqrt())
+        made.beta.copy_(made.mean)
+        made.alpha.zero_()
+    assert sqnr_db(x, made(x)) > 110
+
+
+def test_it_begins_as_the_affine_function_nearest_to_the_norm() -> None:
+    made, x = rep_norm()
+    moments = Moments(CHANNELS)
+    with torch.no_grad():
+        for part in x:
+            moments.add(part, made.norm(part))
+        made.fit(moments)
+        wanted = made.norm(x)
+        least = (made(x) - wanted).square().sum((0, 1))
+        for name, step in (("gamma", 0.01), ("gamma", -0.01), ("beta", 0.01), ("beta", -0.01)):
+            other = copy.deepcopy(made)
+            getattr(other, name).add_(step)
+            assert bool(((other(x) - wanted).square().sum((0, 1)) > least).all()), f"{name} {step}"
+
+
+def test_all_norms_of_the_digits_go_and_training_is_what_keeps_the_outputs() -> None:
+    model, signature, rows = digits()
+    few, many = (tried(ReplaceNorms(steps=steps, rows=16, rate=1e-3), model, signature, rows) for steps in (1, 40))
+    report = many.context.report
+    assert set(report["norms"]) == {path for path, one in model.named_modules() if isinstance(one, nn.LayerNorm)}
+    assert all(one["merged_into"] for one in report["norms"].values())
+    assert not any(isinstance(one, nn.LayerNorm | RepNorm) for one in many.after.modules())
+    assert all(not one.affine for one in many.after.modules() if isinstance(one, ChannelAffine))
+    assert report["training"]["loss"] < 0.8 * report["training"]["loss_start"]
+    assert many.sqnr_db > few.sqnr_db + 2
+    assert all(torch.equal(one, digits()[0].state_dict()[name]) for name, one in model.state_dict().items()), (
+        "the float model stays"
+    )
+
+
+def lesson_of(model: nn.Module) -> tuple[LiveLesson, NormExchange]:
+    _, signature, rows = digits()
+    teacher = stand_in(model)
+    own_parameters(model)
+    lesson = LiveLesson(teacher, signature.call, (rows[:2], rows[2:]), ["blocks.1"], "logits")
+    exchange = NormExchange.of(model, {"blocks.0.norm1": 64, "norm": 64}, rows[:2], lambda batch: signature.call(model, batch))
+    return lesson, exchange
+
+
+def test_an_interrupted_training_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    road = Road(steps=12, rate=1e-3, keep=4)
+    found = []
+    for cut in (None, 7, 11):
+        model = digits()[0]
+        lesson, exchange = lesson_of(model)
+        folder = tmp_path / f"cut at {cut}"
+
+        def progress(step: int, total: int, what: str, cut: int | None = cut) -> None:
+            if step == cut:
+                raise KeyboardInterrupt
+
+        if cut is not None:
+            with pytest.raises(KeyboardInterrupt):
+                travel(model, DIGITS.call, lesson, exchange, road, progress, folder)
+            model = digits()[0]
+            lesson, exchange = lesson_of(model)
+        told = travel(model, DIGITS.call, lesson, exchange, road, lambda step, total, what: None, folder)
+        assert told.resumed_at == (0 if cut is None else 4 * (cut // 4))
+        assert not folder.exists() or not list(folder.iterdir())
+        found.append((told.loss, model.state_dict()))
+    for loss, state in found[1:]:
+        assert loss == found[0][0]
+        assert all(torch.equal(state[name], one) for name, one in found[0][1].items())
+
+
+def test_training_that_leaves_the_finite_numbers_stops_and_keeps_the_best_state() -> None:
+    done = tried(ReplaceNorms(steps=30, rows=16, rate=1e30), *digits())
+    training = done.context.report["training"]
+    assert "was not finite" in training["stopped"]
+    assert training["best_step"] == 0
+    assert any("training stopped" in one for one in done.context.report["warnings"])
+    assert bool(done.outputs(done.after).isfinite().all())
+    assert training["loss"] == training["loss_start"]
+
+
+def test_files_hold_no_normalisation(tmp_path: Path) -> None:
+    import onnx
+
+    from export.graph import Traceable
+    from export.to_onnx import OnnxExporter
+
+    done = tried(EXAMPLE, *digits())
+    kinds = []
+    for number, model in enumerate((done.before, done.after)):
+        path = tmp_path / str(number) / "model.onnx"
+        path.parent.mkdir()
+        OnnxExporter().write(Traceable(model, DIGITS, done.rows[0]), path)
+        kinds.append({node.op_type for node in onnx.load(path).graph.node})
+    assert "LayerNormalization" in kinds[0], "the float file has them"
+    assert not {"LayerNormalization", "ReduceMean", "Sqrt", "Reciprocal"} & kinds[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"skip": ["norm"]}, "no norm can be replaced"), ({"sites": ["mlp.up"]}, "no norm can be replaced")],
+    ids=str,
+)
+def test_nothing_to_replace_is_refused(options: dict[str, Any], says: str) -> None:
+    model, signature, rows = digits()
+    with pytest.raises(UserError, match=says) as caught:
+        ReplaceNorms(**options).targets(model, find(model, signature, rows[0]))
+    assert caught.value.hint
+
+
+def test_a_quantized_model_is_refused_with_the_order_that_works() -> None:
+    model, signature, rows = digits()
+    context = Context(signature, find(model, signature, rows[0]), lambda: iter(rows), Surgery())
+    Quantize(activations="none").run(model, context)
+    with pytest.raises(UserError, match="is quantized") as caught:
+        ReplaceNorms().targets(model, find(model, signature, rows[0]))
+    assert "before quantize" in caught.value.hint
