@@ -7,6 +7,7 @@ from compress.layers.binary_products import BinaryProducts
 from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
 from compress.layers.channel_affine import ChannelAffine
 from compress.layers.hash_attention import HashedAttention
+from compress.layers.linear_attention import LinearAttention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
 from compress.layers.token_reducer import TokenIds, TokenReducer
 from compress.layers.topk_attention import TopKAttention
@@ -25,6 +26,7 @@ __all__ = [
     "ChannelAffine",
     "Codes",
     "HashedAttention",
+    "LinearAttention",
     "QuantConv2d",
     "QuantEmbedding",
     "QuantLinear",

@@ -31,6 +31,8 @@ class RepNorm(nn.Module):
 
     mean: Tensor
     variance: Tensor
+    share: float
+    learning: bool
 
     def __init__(self, norm: nn.Module, channels: int) -> None:
         super().__init__()

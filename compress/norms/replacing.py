@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from calibrate.fidelity import sqnr_db
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
+from compress.layers import LinearAttention
 from compress.norms.rep_norm import Moments, RepNorm
 from compress.surgery import parent_of
 
@@ -71,14 +72,20 @@ def _obstacle(module: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> str:
 
 @dataclass
 class NormExchange:
-    """Norms that are being exchanged for ``RepNorm``; ``parts``: by path."""
+    """Norms that are being exchanged for ``RepNorm``; ``parts``: by path, ``others``: what is exchanged in step with them."""
 
     model: nn.Module
     parts: Mapping[str, RepNorm]
+    others: Sequence[LinearAttention] = ()
 
     @classmethod
     def of(
-        cls, model: nn.Module, paths: Mapping[str, int], batches: Sequence[Batch], call: Callable[[Batch], Any]
+        cls,
+        model: nn.Module,
+        paths: Mapping[str, int],
+        batches: Sequence[Batch],
+        call: Callable[[Batch], Any],
+        others: Sequence[LinearAttention] = (),
     ) -> NormExchange:
         """Puts a ``RepNorm`` around each norm, fitted to what it gives on these rows; ``paths`` with their channels."""
         moments = {path: Moments(channels) for path, channels in paths.items()}
@@ -101,11 +108,13 @@ class NormExchange:
             parts[path].fit(moments[path])
             parts[path].train(parent.training)
             setattr(parent, name, parts[path])
-        return cls(model, parts)
+        return cls(model, parts, others)
 
     def set(self, share: float, learning: bool) -> None:
         for part in self.parts.values():
             part.share, part.learning = share, learning
+        for other in self.others:
+            other.share, other.learning = share, learning
 
     def settle(self, batches: list[Batch], call: Callable[[Batch], Any]) -> None:
         self.set(0.0, True)

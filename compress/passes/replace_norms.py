@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -14,7 +15,8 @@ from compress.anatomy import Anatomy
 from compress.depth.repair import parted
 from compress.distillation.progressive import Road, Travelled, travel
 from compress.distillation.training import LiveLesson
-from compress.layers import ChannelAffine, is_quantized
+from compress.hashing.attentions import Hashable, find_attentions
+from compress.layers import ChannelAffine, LinearAttention, is_quantized
 from compress.norms.merging import candidates, merge
 from compress.norms.replacing import NormExchange, obstacles, own_parameters
 from compress.passes.contract import Context, Pass, Target
@@ -38,6 +40,10 @@ class ReplaceNorms(Pass):
     Factors go into a norm's readers where those are linear layers and nothing else reads it: that is tried, not looked up. In
     models that add what a norm gives (BERT) one product and one sum stay, which are no normalisation. Norms over other axes, or
     that run more than once, stay and are named.
+
+    ``attention: linear`` exchanges softmax attention in the same steps, for the simplified linear attention of sec. 3.2:
+    rectified queries and keys, and a 5x5 convolution over the values of patches. Any attention is found that calls torch's
+    scaled_dot_product_attention, once in a block, without a causal mask; others stay and are named.
     """
 
     name: ClassVar[str] = "replace_norms"
@@ -51,6 +57,11 @@ class ReplaceNorms(Pass):
     rate: PositiveFloat = Field(5e-4, description="The largest learning rate, of Adam.")
     decay: float = Field(0.7, ge=0, le=0.9, description="Share of the steps over which the norms fade.")
 
+    attention: Literal["softmax", "linear"] = Field(
+        "softmax",
+        description="linear: softmax attention is exchanged too; its time then grows with the tokens, not their square.",
+    )
+
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
         found, _ = self._found(model, anatomy)
         roles = {site.path: ", ".join(site.roles) for site in anatomy.sites}
@@ -60,10 +71,12 @@ class ReplaceNorms(Pass):
             for path, module in model.named_modules()
             if path and path not in found and any(one.is_floating_point() for one in module.parameters(recurse=False))
         ]
+        for path, one in self._attentions(model, anatomy)[0].items():
+            targets.append(Target(path, "attention", f"linear attention over {one.keys} keys"))
         return targets + [Target(path, roles.get(path, ""), "learns with them") for path in learning]
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-        return self._found(model, anatomy)[1]
+        return self._found(model, anatomy)[1] | self._attentions(model, anatomy)[1]
 
     @property
     def assumes(self) -> str:
@@ -71,11 +84,14 @@ class ReplaceNorms(Pass):
 
     def rehearse(self, model: nn.Module, anatomy: Anatomy, surgery: Surgery) -> None:
         found, _ = self._found(model, anatomy)
+        for path, one in self._attentions(model, anatomy)[0].items():
+            surgery.attach(model, path, _linear(one, anatomy))
         with torch.no_grad():
             self._left(model, anatomy, surgery, {path: (torch.ones(count), torch.zeros(count)) for path, count in found.items()})
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         found, skipped = self._found(model, context.anatomy)
+        attentions, soft = self._attentions(model, context.anatomy)
         batches = list(context.calibration())
         fit, held = ([*split(part, self.rows)] for part in parted(batches))
         teacher = stand_in(model)
@@ -83,7 +99,10 @@ class ReplaceNorms(Pass):
         logits = bool(context.anatomy.roles.get("head")) and context.signature.output in ("tensor", "logits")
         blocks = [block.path for block in context.anatomy.blocks]
         lesson = LiveLesson(teacher, context.call, (fit, held), blocks, "logits" if logits else "features")
-        exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch))
+        linear = {path: _linear(one, context.anatomy) for path, one in attentions.items()}
+        exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch), list(linear.values()))
+        for path, layer in linear.items():
+            context.surgery.attach(model, path, layer)
         road = Road(self.steps, self.rate, self.decay, seed=context.seed)
         taught = travel(model, context.call, lesson, exchange, road, context.progress, context.scratch)
         affine = {}
@@ -94,7 +113,8 @@ class ReplaceNorms(Pass):
             merged = self._left(model, context.anatomy, context.surgery, affine)
         context.report |= {
             "norms": {path: {"channels": found[path], "merged_into": merged[path]} for path in found},
-            "skipped": skipped,
+            "attentions": list(linear),
+            "skipped": skipped | soft,
             "training": taught.json(),
             "warnings": _warnings(taught, merged),
         }
@@ -114,6 +134,20 @@ class ReplaceNorms(Pass):
             layer.bias.copy_(constant)
             surgery.replace(model, path, layer)
         return {path: merge(model, surgery, path, signature.call, row, candidates(anatomy, path)) for path in affine}
+
+    def _attentions(self, model: nn.Module, anatomy: Anatomy) -> tuple[dict[str, Hashable], dict[str, str]]:
+        """The attentions that are exchanged, by the path of their block; and why others are not.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.attention == "softmax":
+            return {}, {}
+        found, reasons = find_attentions(model, anatomy)
+        if not found:
+            why = next((f"{path}: {reason}." for path, reason in reasons.items()), "See what it has with: compress inspect.")
+            raise UserError(self.name, "attention: linear finds no attention that can be made linear", why)
+        return found, reasons
 
     def _found(self, model: nn.Module, anatomy: Anatomy) -> tuple[dict[str, int], dict[str, str]]:
         """The norms that are replaced, with their channels; and why others are not, by path.
@@ -137,6 +171,16 @@ class ReplaceNorms(Pass):
             why = next((f"{path}: {reason}." for path, reason in reasons.items()), "See what it has with: compress inspect.")
             raise UserError(self.name, "no norm can be replaced", why)
         return found, reasons
+
+
+def _linear(one: Hashable, anatomy: Anatomy) -> LinearAttention:
+    """With a convolution where the tokens of an image are a square of patches, after one or two others."""
+    images = any(tensor.dim() == 4 for tensor in anatomy.traced[1].values())
+    for prefix in (0, 1, 2) if images and one.queries == one.keys else ():
+        side = math.isqrt(one.keys - prefix)
+        if side > 1 and side**2 == one.keys - prefix:
+            return LinearAttention(one.head_dim, one.value_dim, (side, side), prefix)
+    return LinearAttention(one.head_dim, one.value_dim)
 
 
 def _channels(module: nn.Module) -> int:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from trial import DIGITS, digits, tried
+from trial import DIGITS, digits, rebuilt, tried
 
 from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
 from compress.anatomy import find
 from compress.distillation.progressive import Road, travel
 from compress.distillation.training import LiveLesson
-from compress.layers import ChannelAffine
+from compress.layers import ChannelAffine, LinearAttention
 from compress.norms.rep_norm import Moments, RepNorm
 from compress.norms.replacing import NormExchange, own_parameters
 from compress.passes.contract import Context
@@ -108,6 +108,73 @@ def test_all_norms_of_the_digits_go_and_training_is_what_keeps_the_outputs() -> 
     assert all(torch.equal(one, digits()[0].state_dict()[name]) for name, one in model.state_dict().items()), (
         "the float model stays"
     )
+
+
+def linear_attention(tokens: int, masked: bool) -> tuple[LinearAttention, list[Tensor], Tensor | None]:
+    generator = torch.Generator().manual_seed(2)
+    made = LinearAttention(8, 6, (3, 4), tokens - 12)
+    assert made.kernel is not None
+    with torch.no_grad():
+        made.kernel.normal_(generator=generator)
+    inputs = [torch.randn(2, 3, tokens, width, generator=generator) + 0.5 for width in (8, 8, 6)]
+    mask = torch.arange(tokens).expand(2, 1, tokens, tokens) < tokens - 2 if masked else None
+    return made, inputs, mask
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_linear_attention_is_the_same_in_both_orders_and_rows_of_weights_sum_to_one(masked: bool) -> None:
+    """SLAB, sec. 3.2: (q k^T) v = q (k^T v); the oracle writes the matrix of weights out."""
+    made, (query, key, value), mask = linear_attention(14, masked)
+    given = {}
+    for order in ("keys first", "queries first"):
+        made.order = order  # type: ignore[assignment]
+        given[order] = made(query, key, value, mask)
+    assert sqnr_db(*given.values()) > 100
+    weights = query.relu() @ key.relu().transpose(-1, -2)
+    if mask is not None:
+        weights = weights * mask
+    weights = weights / weights.sum(-1, keepdim=True)
+    assert bool((weights.sum(-1) - 1).abs().max() < 1e-5)
+    assert made.kernel is not None
+    patches = value[:, :, 2:].transpose(-1, -2).reshape(6, 6, 3, 4)
+    near = nn.functional.conv2d(patches, made.kernel, padding=2, groups=6).reshape(2, 3, 6, 12).transpose(-1, -2)
+    wanted = weights @ value + torch.cat([torch.zeros(2, 3, 2, 6), near], 2)
+    assert sqnr_db(wanted, given["keys first"]) > 90
+
+
+def test_softmax_attention_fades_into_linear_attention() -> None:
+    made, inputs, _ = linear_attention(14, masked=False)
+    made.learning = True
+    given = {}
+    for share in (1.0, 0.25, 0.0):
+        made.share = share
+        given[share] = made.redirect(nn.functional.scaled_dot_product_attention, tuple(inputs), {})
+    assert torch.equal(given[1.0], nn.functional.scaled_dot_product_attention(*inputs))
+    assert sqnr_db(0.25 * given[1.0] + 0.75 * given[0.0], given[0.25]) > 110
+    made.learning = False
+    assert torch.equal(given[0.0], made.redirect(nn.functional.scaled_dot_product_attention, tuple(inputs), {}))
+
+
+def test_attention_is_exchanged_in_step_with_the_norms(tmp_path: Path) -> None:
+    import onnx
+
+    from export.graph import Traceable
+    from export.to_onnx import OnnxExporter
+
+    model, signature, rows = digits()
+    done = tried(ReplaceNorms(steps=20, rows=16, rate=1e-3, attention="linear"), model, signature, rows)
+    assert done.context.report["attentions"] == [f"blocks.{number}" for number in range(4)]
+    training = done.context.report["training"]
+    assert training["loss"] < training["loss_start"]
+    kernels = [one for name, one in done.after.named_parameters() if name.endswith("linear_attention.kernel")]
+    assert len(kernels) == 4
+    assert all(float(one.abs().max()) > 0 for one in kernels), "the convolution learns too"
+    again = rebuilt(done)
+    assert torch.equal(done.outputs(done.after), done.outputs(again))
+    OnnxExporter().write(Traceable(done.after, signature, rows[0]), tmp_path / "model.onnx")
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "Softmax" not in kinds
+    assert "LayerNormalization" not in kinds
 
 
 def lesson_of(model: nn.Module) -> tuple[LiveLesson, NormExchange]:
