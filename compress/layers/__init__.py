@@ -6,6 +6,7 @@ from compress.layers.binary import BinaryActivation, BinaryCodes, BinaryConv2d, 
 from compress.layers.binary_products import BinaryProducts
 from compress.layers.cast import CastConv2d, CastEmbedding, CastLinear
 from compress.layers.channel_affine import ChannelAffine
+from compress.layers.faded_activation import FadedActivation
 from compress.layers.hash_attention import HashedAttention
 from compress.layers.linear_attention import LinearAttention
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
@@ -25,6 +26,7 @@ __all__ = [
     "CastLinear",
     "ChannelAffine",
     "Codes",
+    "FadedActivation",
     "HashedAttention",
     "LinearAttention",
     "QuantConv2d",

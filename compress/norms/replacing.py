@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from calibrate.fidelity import sqnr_db
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
-from compress.layers import LinearAttention
+from compress.layers import FadedActivation, LinearAttention
 from compress.norms.rep_norm import Moments, RepNorm
 from compress.surgery import parent_of
 
 __all__ = ["NormExchange", "obstacles", "own_parameters"]
+
+Other = LinearAttention | FadedActivation
+"""What is exchanged in step with norms."""
 
 _SAME_DB = 30.0
 """Of a norm's output for its input and for 16 times that: what the constant under its root leaves of it."""
@@ -76,7 +79,7 @@ class NormExchange:
 
     model: nn.Module
     parts: Mapping[str, RepNorm]
-    others: Sequence[LinearAttention] = ()
+    others: Sequence[Other] = ()
 
     @classmethod
     def of(
@@ -85,7 +88,7 @@ class NormExchange:
         paths: Mapping[str, int],
         batches: Sequence[Batch],
         call: Callable[[Batch], Any],
-        others: Sequence[LinearAttention] = (),
+        others: Sequence[Other] = (),
     ) -> NormExchange:
         """Puts a ``RepNorm`` around each norm, fitted to what it gives on these rows; ``paths`` with their channels."""
         moments = {path: Moments(channels) for path, channels in paths.items()}

@@ -16,7 +16,8 @@ from compress.depth.repair import parted
 from compress.distillation.progressive import Road, Travelled, travel
 from compress.distillation.training import LiveLesson
 from compress.hashing.attentions import Hashable, find_attentions
-from compress.layers import ChannelAffine, LinearAttention, is_quantized
+from compress.layers import ChannelAffine, FadedActivation, LinearAttention, is_quantized
+from compress.norms.joining import Joinable, join, joinable
 from compress.norms.merging import candidates, merge
 from compress.norms.replacing import NormExchange, obstacles, own_parameters
 from compress.passes.contract import Context, Pass, Target
@@ -44,6 +45,10 @@ class ReplaceNorms(Pass):
     ``attention: linear`` exchanges softmax attention in the same steps, for the simplified linear attention of sec. 3.2:
     rectified queries and keys, and a 5x5 convolution over the values of patches. Any attention is found that calls torch's
     scaled_dot_product_attention, once in a block, without a causal mask; others stay and are named.
+
+    ``fade`` names blocks whose MLP loses its activation in the same steps, as in VanillaNet's deep training (Chen et al. 2023,
+    arXiv 2305.12972, sec. 3.1): its two layers then are one of the model's own width, an eighth of the operations where the MLP
+    was four times as wide. What that costs the report shows; MLPs with gates are refused.
     """
 
     name: ClassVar[str] = "replace_norms"
@@ -62,6 +67,10 @@ class ReplaceNorms(Pass):
         description="linear: softmax attention is exchanged too; its time then grows with the tokens, not their square.",
     )
 
+    fade: list[int] = Field(
+        [], description="Numbers of the blocks whose MLP becomes one linear layer, -1 is the last; none named: none does."
+    )
+
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
         found, _ = self._found(model, anatomy)
         roles = {site.path: ", ".join(site.roles) for site in anatomy.sites}
@@ -73,6 +82,8 @@ class ReplaceNorms(Pass):
         ]
         for path, one in self._attentions(model, anatomy)[0].items():
             targets.append(Target(path, "attention", f"linear attention over {one.keys} keys"))
+        for path, mlp in self._fading(model, anatomy).items():
+            targets.append(Target(path, "mlp", f"{mlp.up} and {mlp.down} become one layer"))
         return targets + [Target(path, roles.get(path, ""), "learns with them") for path in learning]
 
     def skips(self, model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
@@ -86,8 +97,13 @@ class ReplaceNorms(Pass):
         found, _ = self._found(model, anatomy)
         for path, one in self._attentions(model, anatomy)[0].items():
             surgery.attach(model, path, _linear(one, anatomy))
+        mlps = self._fading(model, anatomy)
+        for path in mlps:
+            surgery.attach(model, path, FadedActivation())
         with torch.no_grad():
-            self._left(model, anatomy, surgery, {path: (torch.ones(count), torch.zeros(count)) for path, count in found.items()})
+            self._left(
+                model, anatomy, surgery, mlps, {path: (torch.ones(count), torch.zeros(count)) for path, count in found.items()}
+            )
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         found, skipped = self._found(model, context.anatomy)
@@ -100,8 +116,11 @@ class ReplaceNorms(Pass):
         blocks = [block.path for block in context.anatomy.blocks]
         lesson = LiveLesson(teacher, context.call, (fit, held), blocks, "logits" if logits else "features")
         linear = {path: _linear(one, context.anatomy) for path, one in attentions.items()}
-        exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch), list(linear.values()))
-        for path, layer in linear.items():
+        mlps = self._fading(model, context.anatomy)
+        faded = {path: FadedActivation() for path in mlps}
+        others = [*linear.values(), *faded.values()]
+        exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch), others)
+        for path, layer in (*linear.items(), *faded.items()):
             context.surgery.attach(model, path, layer)
         road = Road(self.steps, self.rate, self.decay, seed=context.seed)
         taught = travel(model, context.call, lesson, exchange, road, context.progress, context.scratch)
@@ -110,10 +129,11 @@ class ReplaceNorms(Pass):
             for path, part in exchange.parts.items():
                 factor, constant = part.affine()
                 affine[path] = (factor.detach(), constant.detach())
-            merged = self._left(model, context.anatomy, context.surgery, affine)
+            merged = self._left(model, context.anatomy, context.surgery, mlps, affine)
         context.report |= {
             "norms": {path: {"channels": found[path], "merged_into": merged[path]} for path in found},
             "attentions": list(linear),
+            "joined": list(mlps),
             "skipped": skipped | soft,
             "training": taught.json(),
             "warnings": _warnings(taught, merged),
@@ -121,9 +141,14 @@ class ReplaceNorms(Pass):
         return model
 
     def _left(
-        self, model: nn.Module, anatomy: Anatomy, surgery: Surgery, affine: dict[str, tuple[torch.Tensor, torch.Tensor]]
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        surgery: Surgery,
+        mlps: dict[str, Joinable],
+        affine: dict[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> dict[str, list[str]]:
-        """Puts factors and constants in the place of norms, and into what reads them; by norm, what took them."""
+        """Puts factors and constants in the place of norms, and into what reads them, and joins MLPs; by norm, what took them."""
         signature, example = anatomy.traced
         row = {name: tensor[:1] for name, tensor in example.items()}
         for path, (factor, constant) in affine.items():
@@ -133,7 +158,10 @@ class ReplaceNorms(Pass):
             layer.weight.copy_(factor)
             layer.bias.copy_(constant)
             surgery.replace(model, path, layer)
-        return {path: merge(model, surgery, path, signature.call, row, candidates(anatomy, path)) for path in affine}
+        merged = {path: merge(model, surgery, path, signature.call, row, candidates(anatomy, path)) for path in affine}
+        for one in mlps.values():
+            join(model, surgery, one)
+        return merged
 
     def _attentions(self, model: nn.Module, anatomy: Anatomy) -> tuple[dict[str, Hashable], dict[str, str]]:
         """The attentions that are exchanged, by the path of their block; and why others are not.
@@ -148,6 +176,23 @@ class ReplaceNorms(Pass):
             why = next((f"{path}: {reason}." for path, reason in reasons.items()), "See what it has with: compress inspect.")
             raise UserError(self.name, "attention: linear finds no attention that can be made linear", why)
         return found, reasons
+
+    def _fading(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Joinable]:
+        """The MLPs that become one layer, by the path of their block.
+
+        Raises:
+            UserError: a block that does not exist, or one that cannot.
+        """
+        count = len(anatomy.blocks)
+        for number in self.fade:
+            if not -count <= number < count:
+                there = f"There are {count}: 0 to {count - 1}." if count else "No blocks were found; see: compress inspect."
+                raise UserError(self.name, f"fade: there is no block {number}", there)
+        named = {number % count for number in self.fade}
+        found, reasons = joinable(model, anatomy, [block for block in anatomy.blocks if block.index in named])
+        for path, reason in reasons.items():
+            raise UserError(self.name, f"fade: {path}: {reason}", "Take its number off fade.")
+        return found
 
     def _found(self, model: nn.Module, anatomy: Anatomy) -> tuple[dict[str, int], dict[str, str]]:
         """The norms that are replaced, with their channels; and why others are not, by path.

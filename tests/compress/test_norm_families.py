@@ -10,6 +10,7 @@ from torch import nn
 from calibrate.fidelity import sqnr_db
 from compress.anatomy import find
 from compress.layers import ChannelAffine
+from compress.norms.joining import joinable
 from compress.norms.merging import candidates, merge
 from compress.norms.replacing import obstacles
 from compress.surgery import Surgery
@@ -51,3 +52,18 @@ def test_what_is_no_norm_of_positions_is_named() -> None:
     reasons = obstacles(model, signature.call, example, norms)
     assert batch_norms <= set(reasons)
     assert set(reasons) != set(norms)
+
+
+@pytest.mark.parametrize(
+    ("family", "says"), [("vit", ""), ("bert", ""), ("llama", "its MLP has a gate"), ("mobilevit", "")], ids=str
+)
+def test_mlps_that_become_one_layer_are_tried(family: str, says: str) -> None:
+    model, signature, example = build(family)
+    anatomy = find(model, signature, example)
+    blocks = [block for block in anatomy.blocks if any("mlp.up" in site.roles for site in block.sites)]
+    found, reasons = joinable(model, anatomy, blocks)
+    if says:
+        assert not found
+        assert all(says in reason for reason in reasons.values())
+    else:
+        assert set(found) == {block.path for block in blocks}

@@ -16,7 +16,8 @@ from calibrate.fidelity import sqnr_db
 from compress.anatomy import find
 from compress.distillation.progressive import Road, travel
 from compress.distillation.training import LiveLesson
-from compress.layers import ChannelAffine, LinearAttention
+from compress.layers import ChannelAffine, FadedActivation, LinearAttention
+from compress.norms.joining import join, joinable
 from compress.norms.rep_norm import Moments, RepNorm
 from compress.norms.replacing import NormExchange, own_parameters
 from compress.passes.contract import Context
@@ -175,6 +176,58 @@ def test_attention_is_exchanged_in_step_with_the_norms(tmp_path: Path) -> None:
     kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert "Softmax" not in kinds
     assert "LayerNormalization" not in kinds
+
+
+def test_a_faded_activation_makes_one_layer_of_two() -> None:
+    """VanillaNet: W2 W1 and W2 b1 + b2, to rounding; with the activation still there it is another function."""
+    model, signature, rows = digits()
+    anatomy = find(model, signature, rows[0])
+    found, reasons = joinable(model, anatomy, anatomy.blocks)
+    assert not reasons
+    faded = FadedActivation()
+    faded.attach(model, "blocks.2")
+    with torch.no_grad():
+        faded.learning = True
+        curved = signature.call(model, rows[0])
+        faded.share = 0.0
+        straight = signature.call(model, rows[0])
+        faded.learning = False
+        join(model, Surgery(), found["blocks.2"])
+        joined = signature.call(model, rows[0])
+    assert torch.equal(curved, signature.call(digits()[0], rows[0])), "a share of 1 is the activation"
+    assert sqnr_db(straight, joined) > 100
+    assert sqnr_db(curved, joined) < 30
+    assert model.get_submodule("blocks.2.mlp.fc2").get_parameter("weight").shape == (64, 64)
+
+
+def test_activations_fade_in_step_with_the_norms_and_are_gone_from_files(tmp_path: Path) -> None:
+    import onnx
+
+    from export.graph import Traceable
+    from export.to_onnx import OnnxExporter
+
+    done = tried(ReplaceNorms(steps=20, rows=16, rate=1e-3, fade=[0, -1]), *digits())
+    assert done.context.report["joined"] == ["blocks.0", "blocks.3"]
+    training = done.context.report["training"]
+    assert training["loss"] < training["loss_start"]
+    assert torch.equal(done.outputs(done.after), done.outputs(rebuilt(done)))
+    numbers = []
+    for at, model in enumerate((done.before, done.after)):
+        path = tmp_path / str(at) / "model.onnx"
+        path.parent.mkdir()
+        OnnxExporter().write(Traceable(model, DIGITS, done.rows[0]), path)
+        kinds = [node.op_type for node in onnx.load(path).graph.node]
+        numbers.append((kinds.count("Gelu") + kinds.count("Erf"), sum(one.numel() for one in model.parameters())))
+    assert numbers[0][0] == 2 * numbers[1][0] > 0
+    assert numbers[1][1] < numbers[0][1] - 2 * (2 * 64 * 256 - 64 * 64), "two layers of 64 x 256 are one of 64 x 64"
+
+
+@pytest.mark.parametrize("fade", [[4], [-5]])
+def test_a_block_that_is_not_there_cannot_fade(fade: list[int]) -> None:
+    model, signature, rows = digits()
+    with pytest.raises(UserError, match="there is no block") as caught:
+        ReplaceNorms(fade=fade).targets(model, find(model, signature, rows[0]))
+    assert "0 to 3" in caught.value.hint
 
 
 def lesson_of(model: nn.Module) -> tuple[LiveLesson, NormExchange]:
