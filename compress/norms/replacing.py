@@ -16,7 +16,7 @@ from compress.layers import FadedActivation, LinearAttention
 from compress.norms.rep_norm import Moments, RepNorm
 from compress.surgery import parent_of
 
-__all__ = ["NormExchange", "obstacles", "own_parameters"]
+__all__ = ["NormExchange", "Other", "obstacles", "own_parameters"]
 
 Other = LinearAttention | FadedActivation
 """What is exchanged in step with norms."""

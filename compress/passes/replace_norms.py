@@ -19,7 +19,7 @@ from compress.hashing.attentions import Hashable, find_attentions
 from compress.layers import ChannelAffine, FadedActivation, LinearAttention, is_quantized
 from compress.norms.joining import Joinable, join, joinable
 from compress.norms.merging import candidates, merge
-from compress.norms.replacing import NormExchange, obstacles, own_parameters
+from compress.norms.replacing import NormExchange, Other, obstacles, own_parameters
 from compress.passes.contract import Context, Pass, Target
 from compress.rehearsal import stand_in
 from compress.surgery import Surgery
@@ -118,9 +118,9 @@ class ReplaceNorms(Pass):
         linear = {path: _linear(one, context.anatomy) for path, one in attentions.items()}
         mlps = self._fading(model, context.anatomy)
         faded = {path: FadedActivation() for path in mlps}
-        others = [*linear.values(), *faded.values()]
+        others: list[Other] = [*linear.values(), *faded.values()]
         exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch), others)
-        for path, layer in (*linear.items(), *faded.items()):
+        for path, layer in zip([*linear, *faded], others, strict=True):
             context.surgery.attach(model, path, layer)
         road = Road(self.steps, self.rate, self.decay, seed=context.seed)
         taught = travel(model, context.call, lesson, exchange, road, context.progress, context.scratch)
