@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from calibrate.errors import UserError
 from compress.anatomy import Anatomy, find
 from compress.checks import placed
-from compress.datasets import Data
+from compress.datasets import Data, load_data
 from compress.passes.contract import Context
 from compress.passes.quantize import Quantize
 from compress.passes.token_schedule import TokenPass
+from compress.preparation import model_of
 from compress.progress import Progress
 from compress.surgery import Surgery
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.sources import Source
 
-__all__ = ["after", "context_of", "measured_pass"]
+__all__ = ["check_setting", "measured_pass", "reached"]
 
 
 def measured_pass(recipe: Recipe, named: str | None = None) -> tuple[int, Quantize | TokenPass]:
@@ -45,7 +48,28 @@ def measured_pass(recipe: Recipe, named: str | None = None) -> tuple[int, Quanti
     return chosen[0]
 
 
-def after(recipe: Recipe, source: Source, data: Data, count: int, progress: Progress) -> nn.Module:
+def reached(recipe: Recipe, number: int, trust: bool, progress: Progress) -> tuple[Source, nn.Module, Context]:
+    """The recipe's model as its pass ``number`` gets it, and what that pass is given; calibration rows alone are read.
+
+    Args:
+        trust: whether Python files that the recipe names may be run.
+    """
+    torch.manual_seed(recipe.seed)
+    torch.set_num_threads(recipe.threads)
+    with progress.step("load model and calibration data"):
+        source = model_of(recipe, trust)
+        data = load_data(recipe, source, evaluation=False)
+    model = _after(recipe, source, data, number, progress)
+    return source, model, _context(recipe, source, data, model, Surgery(), progress)
+
+
+def check_setting(given: str | None, known: Sequence[str]) -> None:
+    """Refuses a setting that is not among those that are measured."""
+    if given is not None and given not in known:
+        raise UserError("--by", f"{given!r} is not a setting that is measured", f"There is: {', '.join(known)}.")
+
+
+def _after(recipe: Recipe, source: Source, data: Data, count: int, progress: Progress) -> nn.Module:
     """The model after the first passes."""
     model, surgery = source.model, Surgery()
     for number, step in enumerate(recipe.passes[:count]):
@@ -55,13 +79,13 @@ def after(recipe: Recipe, source: Source, data: Data, count: int, progress: Prog
                 raise UserError(
                     step.name, what, f"Put {recipe.passes[count].name} first in a copy of the recipe, or take the option out."
                 )
-            context = context_of(recipe, source, data, model, surgery, progress)
+            context = _context(recipe, source, data, model, surgery, progress)
             context.validation = data.judge(source, recipe.data.metric) if step.validates or step.judges else None
             model = step.run(model, context)
     return model
 
 
-def context_of(recipe: Recipe, source: Source, data: Data, model: nn.Module, surgery: Surgery, progress: Progress) -> Context:
+def _context(recipe: Recipe, source: Source, data: Data, model: nn.Module, surgery: Surgery, progress: Progress) -> Context:
     return Context(
         signature=source.signature,
         anatomy=_anatomy(recipe, source, data, model),

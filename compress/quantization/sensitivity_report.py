@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from calibrate.errors import UserError
 from compress.checks import placed
-from compress.datasets import load_data
-from compress.measured_pass import after, context_of
+from compress.measured_pass import check_setting, reached
 from compress.passes.quantize import Quantize
-from compress.preparation import model_of
 from compress.progress import Progress
 from compress.quantization.bit_choice import Bits
 from compress.quantization.bit_groups import FLOAT
 from compress.quantization.sensitivity import Sensitivity, decibels, measure
 from compress.quantization.site_options import Choice, SiteOptions, label, options_of
 from compress.sensitivity_view import Cell, Row, View
-from compress.surgery import Surgery
 from compress.wording import size
 
 if TYPE_CHECKING:
@@ -136,15 +132,8 @@ def make(
         raise UserError(recipe.place("passes", number, step.name), what, "Take engine out in a copy of the recipe.")
     candidates = _candidates(step)
     settings = [label(options_of(one)) for one in candidates]
-    if by is not None and by not in settings:
-        raise UserError("--by", f"{by!r} is not a setting that is measured", f"There is: {', '.join(settings)}.")
-    torch.manual_seed(recipe.seed)
-    torch.set_num_threads(recipe.threads)
-    with progress.step("load model and calibration data"):
-        source = model_of(recipe, trust)
-        data = load_data(recipe, source, evaluation=False)
-    model = after(recipe, source, data, number, progress)
-    context = context_of(recipe, source, data, model, Surgery(), progress)
+    check_setting(by, settings)
+    source, model, context = reached(recipe, number, trust, progress)
     with progress.step("the loss of each site"), placed(recipe, "passes", number, step.name):
         bits = Bits.of(step, model, context.anatomy, candidates, strict=step.mixed is not None)
         wanted = rows or (step.mixed.rows if step.mixed else 64)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from calibrate.errors import UserError
 from calibrate.inventory import inventory
 from compress.checks import placed
-from compress.datasets import load_data
-from compress.measured_pass import after, context_of
+from compress.measured_pass import check_setting, reached
 from compress.passes.token_schedule import TokenPass
-from compress.preparation import model_of
 from compress.progress import Progress
 from compress.quantization.sensitivity import Reference
 from compress.sensitivity_view import Cell, Row, View
-from compress.surgery import Surgery
 from compress.tokens.schedule import Schedule, check
 from compress.tokens.search import Problem, reference
 
@@ -127,15 +123,8 @@ def make(
         UserError: ``by`` is not among the settings; tokens cannot leave the model; or what would stop the run, with its place.
     """
     progress = progress or Progress()
-    if by is not None and by not in _RATES:
-        raise UserError("--by", f"{by!r} is not a setting that is measured", f"There is: {', '.join(_RATES)}.")
-    torch.manual_seed(recipe.seed)
-    torch.set_num_threads(recipe.threads)
-    with progress.step("load model and calibration data"):
-        source = model_of(recipe, trust)
-        data = load_data(recipe, source, evaluation=False)
-    model = after(recipe, source, data, number, progress)
-    context = context_of(recipe, source, data, model, Surgery(), progress)
+    check_setting(by, list(_RATES))
+    source, model, context = reached(recipe, number, trust, progress)
     with progress.step("the loss of each block"), placed(recipe, "passes", number, step.name):
         problem = step.problem(model, context)
         judge = reference(model, context, rows or _ROWS)

@@ -13,14 +13,13 @@ from torch import nn
 
 from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch, Signature, TensorSpec
-from compress import cli
+from compress import cli, measured_pass
 from compress.anatomy import find
 from compress.embedded import digits_model, digits_rows
 from compress.passes.contract import Context, Pass
 from compress.passes.drop_layers import DropLayers
 from compress.passes.merge_tokens import MergeTokens
 from compress.passes.quantize import Quantize
-from compress.quantization import sensitivity_report
 from compress.quantization.bit_groups import bit_groups
 from compress.quantization.sensitivity import Sensitivity, decibels, measure
 from compress.quantization.site_options import SiteOptions
@@ -189,7 +188,7 @@ def test_what_cannot_be_told_is_refused_before_anything_is_loaded(
     def loads(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(sensitivity_report, "model_of", loads)
+    monkeypatch.setattr(measured_pass, "model_of", loads)
     recipe = tmp_path / "refused.yaml"
     recipe.write_text(RECIPE.split("  - drop_layers")[0] + f"  - quantize: {quantize}\nexport: [onnx]\n")
     assert ran(monkeypatch, str(recipe), "--quiet", *arguments) == 2
