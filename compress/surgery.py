@@ -22,7 +22,8 @@ class Edit:
     values only) of the module at ``path``; ``share``: the module at ``path`` becomes the one at ``config["with"]``;
     ``narrow``: the tensor ``config["name"]`` of the module at ``path`` keeps ``config["size"]`` entries of its axis
     ``config["axis"]``; ``attach``: a layer of ``compress.layers`` made from ``config`` acts on the forward of the module at
-    ``path``."""
+    ``path``; ``merge``: the module at ``path`` becomes a ``Sequence`` of a layer made from ``config["layer"]`` and of its own
+    children ``config["then"]``, in that order."""
 
     verb: str
     path: str
@@ -94,6 +95,25 @@ class Surgery:
         self.edits.append(Edit("attach", path, type(layer).__name__, layer.config()))
         return handles
 
+    def merge(self, model: nn.Module, path: str, layer: nn.Module | None, then: list[str]) -> None:
+        """Makes the module at ``path`` a sequence of ``layer`` (called ``merged``; None: nothing) and some of its children."""
+        from compress.layers.plain import Sequence
+
+        parent, name = parent_of(model, path)
+        old = model.get_submodule(path)
+        made = Sequence()
+        if layer is not None:
+            made.add_module("merged", layer)
+        for child in then:
+            made.add_module(child, old.get_submodule(child))
+        made.training = parent.training
+        if layer is not None:
+            layer.train(parent.training)
+        setattr(parent, name, made)
+        described = None if layer is None else layer.config()  # type: ignore[operator]
+        kind = "" if layer is None else type(layer).__name__
+        self.edits.append(Edit("merge", path, kind, {"layer": described, "then": then}))
+
     def replay(self, model: nn.Module, edits: list[Edit]) -> None:
         """Does recorded edits again on a fresh model of the original architecture; tensors are loaded afterwards.
 
@@ -104,9 +124,13 @@ class Surgery:
 
         for edit in edits:
             config = edit.config or {}
-            if edit.verb in ("replace", "attach"):
-                if edit.layer not in compress.layers.__all__:
+            if edit.verb in ("replace", "attach", "merge"):
+                if edit.layer not in compress.layers.__all__ and (edit.layer or edit.verb != "merge"):
                     raise ValueError(f"{edit.path}: unknown layer {edit.layer!r}")
+                if edit.verb == "merge":
+                    made = getattr(compress.layers, edit.layer).from_config(config["layer"]) if edit.layer else None
+                    self.merge(model, edit.path, made, config["then"])
+                    continue
                 put = self.replace if edit.verb == "replace" else self.attach
                 put(model, edit.path, getattr(compress.layers, edit.layer).from_config(config))
             elif edit.verb == "keep":

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from calibrate.modes import modes_kept
@@ -22,7 +21,7 @@ from compress.anatomy.parts import ROLES, Anatomy, Block, Kind, Site
 from compress.anatomy.placing import place_rest
 from export.graph import Traceable, Untraceable
 
-__all__ = ["find"]
+__all__ = ["find", "flow_of"]
 
 _ROWS = 2
 
@@ -64,7 +63,7 @@ def find(model: nn.Module, signature: Signature, example: Batch, roles: Mapping[
         UserError: the model cannot be traced and no roles are named; a role or pattern of ``roles`` does not exist.
     """
     try:
-        reading = _read(_trace(model, signature, example), model)
+        reading = _read(flow_of(model, signature, example))
     except Untraceable as failure:
         if not roles:
             raise must_name(failure.reason) from failure.__cause__
@@ -91,13 +90,17 @@ def _obvious(kind: Kind, read: set[int]) -> set[str]:
     return {"norm"} if kind == "norm" else {"embedding"} if kind == "embedding" and read else set()
 
 
-def _trace(model: nn.Module, signature: Signature, example: Batch) -> torch.export.ExportedProgram:
+def flow_of(model: nn.Module, signature: Signature, example: Batch) -> Flow:
+    """The traced graph of a model, made walkable; the model is not changed.
+
+    Raises:
+        Untraceable: ``torch.export`` fails.
+    """
     with modes_kept(model):
-        return Traceable(model, signature, example).program(batch=_ROWS)
+        return Flow(Traceable(model, signature, example).program(batch=_ROWS), model, _ROWS)
 
 
-def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Reading:
-    flow = Flow(program, model, _ROWS)
+def _read(flow: Flow) -> _Reading:
     attentions, joins = find_attention(flow)
     taken = {index for attention in attentions for index in attention.projections}
     feedforwards = find_feedforward(flow, joins, {attention.core[-1] for attention in attentions}, taken)
@@ -116,10 +119,10 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> _Reading:
     place_rest(flow, roles, reading.blocks, joins, [attention.core[-1] for attention in attentions])
     for path in flow.norms.values():
         if path:
-            shape = _vector_shape(model.get_submodule(path))
+            shape = _vector_shape(flow.model.get_submodule(path))
             reading.sites.setdefault(path, _Draft("norm", shape)).roles.add("norm")
     reading.product_flops = product_flops(flow, attentions, _ROWS)
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named = dict(flow.model.named_parameters(remove_duplicate=False))
     reading.read = {id(named.get(str(step.tensor))) for step in flow.steps if step.tensor and step.users}
     return reading
 

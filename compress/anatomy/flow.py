@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +121,10 @@ class Weight:
 
 @dataclass(eq=False)
 class Step:
-    """One node. ``inputs`` and ``users`` are indices of steps; ``live`` says that it depends on the model's inputs."""
+    """One node. ``inputs`` and ``users`` are indices of steps; ``live`` says that it depends on the model's inputs.
+
+    ``options`` are the arguments that the node gives by name.
+    """
 
     index: int
     op: str
@@ -132,6 +135,7 @@ class Step:
     tensor: str | None = None
     live: bool = False
     users: list[int] = field(default_factory=list)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def members(bits: int) -> Iterator[int]:
@@ -189,10 +193,11 @@ class Flow:
             return None
         inputs = list(dict.fromkeys(index[source] for source in node.all_input_nodes if source in index))
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path = raw_path("" if not stack or stack[-1][0] == "model" else re.sub(r"@\d+", "", stack[-1][0]))
+        path = raw_path("" if not stack or stack[-1][0] == "model" else _plain_path(stack[-1][0]))
         arguments = tuple(_replace(argument, index) for argument in node.args)
         step = Step(len(self.steps), op.rstrip("_"), arguments, inputs, _shape(node.meta.get("val")), path)
         step.live = any(self.steps[source].live for source in inputs)
+        step.options = {name: _replace(argument, index) for name, argument in node.kwargs.items()}
         self.steps.append(step)
         index[node] = step.index
         if op.endswith("_") and not op.endswith("__") and inputs:
@@ -266,6 +271,12 @@ class Flow:
         step = self.steps[index]
         source = self.operands(index)[0] if step.op in PRODUCTS else step.arguments[0].index
         return int(source)
+
+    def given(self, index: int, position: int) -> int | None:
+        """The step that a step takes as its argument at a position, if that is a value."""
+        arguments = self.steps[index].arguments
+        argument = arguments[position] if position < len(arguments) else None
+        return argument.index if isinstance(argument, _Value) else None
 
     def _stored(self, arguments: Iterable[Any]) -> Any:
         return next((a for a in arguments if isinstance(a, _Value) and not self.steps[a.index].live), None)
@@ -424,6 +435,16 @@ def _replace(argument: Any, index: dict[Any, int]) -> Any:
     if isinstance(argument, (list, tuple)):
         return [_replace(item, index) for item in argument]
     return argument
+
+
+def _plain_path(path: str) -> str:
+    """A module path as the model has it: without numbers of calls, entries of a slice of a list as entries of the list."""
+    path = re.sub(r"@\d+", "", path)
+    return re.sub(
+        r"slice\((None|\d+), [^,]+, (None|\d+)\)\.(\d+)",
+        lambda found: str(int(found[1].replace("None", "0")) + int(found[3]) * int(found[2].replace("None", "1"))),
+        path,
+    )
 
 
 def _op_name(target: Any) -> str:

@@ -9,6 +9,8 @@ from compress.layers.channel_affine import ChannelAffine
 from compress.layers.faded_activation import FadedActivation
 from compress.layers.hash_attention import HashedAttention
 from compress.layers.linear_attention import LinearAttention
+from compress.layers.packed import Packed, PackedPart
+from compress.layers.plain import Conv2d, Identity, Linear, PlainNorm, Sequence
 from compress.layers.quantized import ActivationGrid, Codes, QuantConv2d, QuantEmbedding, QuantLinear, is_quantized
 from compress.layers.token_reducer import TokenIds, TokenReducer
 from compress.layers.topk_attention import TopKAttention
@@ -26,12 +28,19 @@ __all__ = [
     "CastLinear",
     "ChannelAffine",
     "Codes",
+    "Conv2d",
     "FadedActivation",
     "HashedAttention",
+    "Identity",
+    "Linear",
     "LinearAttention",
+    "Packed",
+    "PackedPart",
+    "PlainNorm",
     "QuantConv2d",
     "QuantEmbedding",
     "QuantLinear",
+    "Sequence",
     "SplitAttention",
     "TokenIds",
     "TokenReducer",

@@ -12,6 +12,7 @@ from compress.passes.cast import Cast
 from compress.passes.contract import Context, Pass, Target
 from compress.passes.drop_layers import DropLayers
 from compress.passes.extract_width import ExtractWidth
+from compress.passes.fuse import Fuse
 from compress.passes.fuse_layers import FuseLayers
 from compress.passes.fuse_tokens import FuseTokens
 from compress.passes.hash_attention import HashAttention
@@ -27,7 +28,7 @@ __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
 PASSES: tuple[type[Pass], ...] = (
     Quantize, Cast, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, HashAttention, FuseLayers,
-    Binarize, PruneTokens, MergeTokens, FuseTokens, ReplaceNorms,
+    Binarize, PruneTokens, MergeTokens, FuseTokens, ReplaceNorms, Fuse,
 )  # fmt: skip
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 
