@@ -59,8 +59,8 @@ class Identity(nn.Identity):
     def from_config(cls, config: dict[str, Any]) -> Identity:
         return cls()
 
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        return x
+    def forward(self, input: Tensor, *others: Any, **named: Any) -> Tensor:
+        return input
 
 
 class PlainNorm(nn.Module):

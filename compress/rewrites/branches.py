@@ -35,7 +35,7 @@ class _Form:
     kernel: Tensor
     bias: Tensor
     groups: int
-    stride: tuple[int, ...]
+    stride: tuple[int, int]
     branches: int
     steps: frozenset[int]
 
@@ -151,7 +151,7 @@ def _convolution(view: View, index: int) -> _Form | None:
     if isinstance(module.padding, str) or not centred or any(size != 1 for size in module.dilation):
         return None
     bias = kernel.new_zeros(len(kernel)) if module.bias is None else module.bias.detach().double()
-    return _Form(view.flow.data(index), kernel, bias, module.groups, tuple(module.stride), 1, frozenset({index}))
+    return _Form(view.flow.data(index), kernel, bias, module.groups, (module.stride[0], module.stride[1]), 1, frozenset({index}))
 
 
 def _itself(view: View, index: int) -> _Form:
@@ -209,7 +209,7 @@ def _place(view: View, index: int, form: _Form) -> Rewrite | str:
             sides,
             stride=stride,
             padding=tuple(side // 2 for side in sides),
-            groups=form.groups,  # type: ignore[arg-type]
+            groups=form.groups,
         ).requires_grad_(False)
 
     def values() -> dict[str, dict[str, Tensor]]:

@@ -63,7 +63,8 @@ def _factor(view: View, reader: Reader) -> str | None:
 
 def _unfit(view: View, holder: str, name: str) -> str | None:
     module = view.model.get_submodule(holder)
-    if list(module.children()) or len(list(module.parameters())) > 1 or list(module.buffers()) or not holder:
+    tensors = [*module.parameters(), *module.buffers()]
+    if not holder or len(tensors) > 1 or list(module.children()):
         return f"the code of {holder or 'the model'} multiplies by it itself"
     trial = copy.deepcopy(module).double().eval()
     factor = trial.get_parameter(name).detach()

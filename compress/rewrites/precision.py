@@ -47,24 +47,51 @@ def in_double() -> Iterator[None]:
 
 @contextmanager
 def doubled(model: nn.Module) -> Iterator[nn.Module]:
-    """The model's parameters and buffers in float64, in place; each has its own type back after, and what came in meanwhile
-    that of the model. Compressed layers keep theirs and compute in it, between float64."""
+    """The model with its parameters and buffers in float64; those that nothing replaced meanwhile are the very same after, and
+    what came in has the model's own type. Copies that share tensors keep theirs. Compressed layers compute in their own types,
+    between float64."""
     closed = _compressed_layers(model)
     inside = {id(module) for layer in closed for module in layer.modules()}
-    types = {name: tensor.dtype for name, tensor in _floats(model, inside)}
-    cached = _cached(model)
     usual = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
-    _convert(model, inside, lambda name: torch.float64)
+    cached, originals = _cached(model), _Originals()
+    _convert(model, inside, originals.widen)
     handles = [handle for layer in closed for handle in _InOwnTypes().watch(layer)]
     try:
         yield model
     finally:
         for handle in handles:
             handle.remove()
-        _convert(model, inside, lambda name: types.get(name, usual))
+        _convert(model, inside, lambda tensor: originals.narrow(tensor, usual))
         for holder, kept in cached:
             holder.clear()
             holder.update(kept)
+
+
+class _Originals:
+    """Tensors in float64 for those of a model, and back; what is one stays one."""
+
+    def __init__(self) -> None:
+        self.wide: dict[int, Tensor] = {}
+        self.own: dict[int, Tensor] = {}
+        self.alive: list[Tensor] = []
+
+    def widen(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.wide:
+            made = _like(tensor, torch.float64)
+            self.wide[id(tensor)], self.own[id(made)] = made, tensor
+            self.alive.append(made)
+        return self.wide[id(tensor)]
+
+    def narrow(self, tensor: Tensor, usual: torch.dtype) -> Tensor:
+        if id(tensor) not in self.own:
+            self.own[id(tensor)] = _like(tensor, usual)
+            self.alive.append(tensor)
+        return self.own[id(tensor)]
+
+
+def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    values = tensor.detach().to(dtype)
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def _compressed_layers(model: nn.Module) -> list[nn.Module]:
@@ -107,14 +134,6 @@ def _stores(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
-def _floats(model: nn.Module, inside: set[int]) -> Iterator[tuple[str, Tensor]]:
-    for path, module in model.named_modules(remove_duplicate=False):
-        if id(module) not in inside:
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and tensor.is_floating_point():
-                    yield f"{path}.{name}", tensor
-
-
 def _cached(model: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     """Mappings in which modules keep tensors for later calls (LeViT's biases), with what is in them now."""
     own = ("_parameters", "_buffers", "_modules")
@@ -123,13 +142,14 @@ def _cached(model: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     return [(value, dict(value)) for value in maps]
 
 
-def _convert(model: nn.Module, inside: set[int], wanted: Callable[[str], torch.dtype]) -> None:
-    """Parameters stay the very objects that they are, so that ties stay ties."""
-    done: set[int] = set()
-    for name, tensor in list(_floats(model, inside)):
-        if id(tensor) not in done:
-            done.add(id(tensor))
-            tensor.data = tensor.data.to(wanted(name))
+def _convert(model: nn.Module, inside: set[int], change: Callable[[Tensor], Tensor]) -> None:
+    for module in model.modules():
+        if id(module) not in inside:
+            held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in held:
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_floating_point():
+                        tensors[name] = change(tensor)
 
 
 class _InOwnTypes:

@@ -56,8 +56,8 @@ class Rewrite:
         undo += [_attribute_keeper(model.get_submodule(path), name) for path, name, _ in self.sets]
         for path, layer in self.puts.items():
             surgery.replace(model, path, blank(layer, len(surgery.edits)) if rehearsed else layer)
-        for path, (layer, then) in self.merges.items():
-            surgery.merge(model, path, blank(layer, len(surgery.edits)) if rehearsed and layer is not None else layer, then)
+        for path, (merged, then) in self.merges.items():
+            surgery.merge(model, path, blank(merged, len(surgery.edits)) if rehearsed and merged is not None else merged, then)
         for path, other in self.shares:
             surgery.share(model, path, other)
         for path, name, value in self.sets:
@@ -188,7 +188,9 @@ def linear_like(module: nn.Module, outputs: int | None = None, inputs: int | Non
     if is_conv1d(module):
         rows, columns = columns, rows
     with torch.device("meta"):
-        return _still(Linear(inputs or columns, outputs or rows, bias))
+        layer = Linear(inputs or columns, outputs or rows, bias)
+    layer.requires_grad_(False)
+    return layer
 
 
 def conv_like(module: Any, bias: bool = True, **changes: Any) -> Conv2d:
@@ -199,7 +201,9 @@ def conv_like(module: Any, bias: bool = True, **changes: Any) -> Conv2d:
         "stride": module.stride, "padding": module.padding, "dilation": module.dilation, "groups": module.groups,
     }  # fmt: skip
     with torch.device("meta"):
-        return _still(Conv2d(**(geometry | changes), bias=bias))
+        layer = Conv2d(**(geometry | changes), bias=bias)
+    layer.requires_grad_(False)
+    return layer
 
 
 def folded_out(module: nn.Module, factor: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
@@ -235,10 +239,6 @@ def folded_in(module: Any, factor: Tensor, shift: Tensor | None) -> dict[str, Te
 def _compressed(module: nn.Module) -> bool:
     home = type(module).__module__
     return home.startswith("compress.layers.") and home not in ("compress.layers.plain", "compress.layers.packed")
-
-
-def _still(layer: Any) -> Any:
-    return layer.requires_grad_(False)
 
 
 def _store(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

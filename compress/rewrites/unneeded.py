@@ -61,7 +61,7 @@ class DuplicatesTied(Rule):
 
 
 def _is_identity(module: nn.Module) -> bool:
-    if list(module.children()) or list(module.parameters()) or list(module.buffers()):
+    if any(module.children()) or any(True for _ in (*module.parameters(), *module.buffers())):
         return False
     x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     try:
@@ -80,12 +80,12 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers compute the same and do not share everything already."""
     if type(one) is not type(other) or one.extra_repr() != other.extra_repr():
         return False
-    pairs = [(dict(one._parameters), dict(other._parameters)), (dict(one._buffers), dict(other._buffers))]
-    return all(
-        mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine) for mine, theirs in pairs
-    ) and any(mine is not theirs for mine, theirs in zip(one._parameters.values(), other._parameters.values(), strict=True))
+    mine, theirs = ({**module._parameters, **module._buffers} for module in (one, other))
+    equal = mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
+    return equal and any(mine[name] is not theirs[name] for name in mine)
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -132,6 +132,9 @@ CASES = [
     Case("image-tower-phone", "clip", (("rows: 256", "rows: 32"),)),
     Case("image-tower-phone", "siglip", (("rows: 256", "rows: 32"),), evaluate=False),
     Case("mobile-hybrid", "mobilevit", (("rows: 500", "rows: all"),), evaluate=False),
+    Case(
+        "fused-hybrid", "timm:test_byobnet", (("timm:fastvit_t8", "timm:test_byobnet"), ("rows: 500", "rows: all")), least_db=20
+    ),
     Case("portable-onnx", "vit", (("rows: 1000", "rows: all"),)),
     Case("own-model", "own"),
     # Signs of random weights, hardly trained.
