@@ -52,12 +52,12 @@ class QueryKeyValuePacked(Rule):
 
 
 def _unfit(view: View, paths: list[str]) -> str | None:
-    if len(paths) < 2:
-        return "no other projection of its attention reads what it reads"
     for path in paths:
         for index in view.calls[path]:
             if reason := view.fixed(index, ("linear", "conv1d"), calls=None):
                 return reason
+    if len(paths) < 2:
+        return "no other projection of its attention reads what it reads"
     widths = {view.model.get_submodule(path).get_parameter("weight").dtype for path in paths}
     return "their weights are of different types" if len(widths) > 1 else None
 
