@@ -30,8 +30,10 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 """In the order in which they are applied: what makes layers plain comes before what joins them."""
 
-LIMIT, SINGLE_LIMIT = 1e-9, 1e-5
-"""How far outputs may move in float64, relative to the largest; and in float32, where a model cannot be run in float64."""
+LIMIT = 1e-9
+"""How far outputs may move in float64, relative to the largest."""
+SINGLE_LIMIT = 1e-5
+"""The same in float32, where a model cannot be run in float64."""
 
 
 @dataclass

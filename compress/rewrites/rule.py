@@ -16,7 +16,6 @@ from compress.anatomy.finding import flow_of
 from compress.anatomy.flow import Flow, Weight
 from compress.layers.conversion import is_conv1d, obstacle
 from compress.layers.plain import Conv2d, Linear
-from compress.passes.contract import blank
 from compress.surgery import Surgery
 
 __all__ = ["Found", "Rewrite", "Rule", "View", "axis_of", "conv_like", "folded_in", "folded_out", "linear_like"]
@@ -49,6 +48,8 @@ class Rewrite:
 
     def apply(self, model: nn.Module, surgery: Surgery, rehearsed: bool = False) -> Callable[[], None]:
         """Rewrites the place and returns what takes it back; ``rehearsed``: shapes only, the new layers mean nothing."""
+        from compress.passes.contract import blank
+
         values = {} if rehearsed else self.values()
         count, undo = len(surgery.edits), [_keeper(model, path) for path in (*self.puts, *self.merges)]
         undo += [_keeper(model, path) for path, _ in self.shares if not self._new(path)]
