@@ -113,5 +113,6 @@ def _text(told: Mapping[str, Any], words: Mapping[int, str]) -> Mosaic:
             if name != "[PAD]" and name != "<pad>"
         )
         left = len(set(groups) - {-1})
-        drawn.append(Stage(f"block {stage['block']}", f"{left} of {len(groups)} tokens are left", words=shown))
+        real = int(told.get("real", len(groups)))
+        drawn.append(Stage(f"block {stage['block']}", f"{left} of {real} words are left", words=shown))
     return Mosaic(tuple(drawn))

@@ -14,7 +14,7 @@ from compress.passes.contract import Context, Pass, Target
 from compress.surgery import Surgery
 from compress.tokens.attaching import attach, place_of, touched
 from compress.tokens.layout import Layout, find_layout
-from compress.tokens.pictures import pictures
+from compress.tokens.pictures import longest, pictures
 from compress.tokens.schedule import How, Schedule, check, from_reduce, shares
 from compress.tokens.search import Found, Problem, by_flops, by_time, even
 
@@ -130,7 +130,9 @@ class TokenPass(Pass):
             context.report |= found.json()
         attach(model, context.surgery, layout, schedule, how, place)
         context.report |= self._told(context, layout, schedule, how, place)
-        context.report["pictures"] = pictures(model, *anatomy.traced, _places(layout, schedule))
+        signature, example = anatomy.traced
+        shown = longest(context.calibration(), example)
+        context.report["pictures"] = pictures(model, signature, shown, _places(layout, schedule))
         return model
 
     def _searched(self, model: nn.Module, context: Context, layout: Layout, how: How, place: Place) -> Found:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,11 +16,28 @@ from calibrate.signature import Batch, Signature
 from compress.layers import TokenReducer
 from compress.layers.attached import attached_to
 
-__all__ = ["grid", "pictures"]
+__all__ = ["grid", "longest", "pictures"]
 
 _ROWS = 2
+_BATCHES = 4
+"""Most batches that rows are looked for in."""
 _PIXELS = 32
 """Most pixels along a side of an image that is drawn."""
+
+
+def longest(batches: Iterable[Batch], example: Batch) -> Batch:
+    """The rows with the most tokens that are no padding among the first batches; without a mask, the example."""
+    found = [batch for batch in itertools.islice(batches, _BATCHES) if "attention_mask" in batch]
+    if not found:
+        return example
+    lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in found])
+    if lengths.dim() != 1:
+        return example
+    chosen = lengths.argsort(descending=True, stable=True)[:_ROWS]
+    shapes = {name: {batch[name].shape[1:] for batch in found} for name in found[0]}
+    if any(len(shape) > 1 for shape in shapes.values()):
+        return example
+    return {name: torch.cat([batch[name] for batch in found])[chosen] for name in found[0]}
 
 
 def pictures(model: nn.Module, signature: Signature, example: Batch, numbers: list[int]) -> list[dict[str, Any]]:
@@ -29,7 +48,8 @@ def pictures(model: nn.Module, signature: Signature, example: Batch, numbers: li
         numbers: what each of these places is called, in their order.
 
     Returns:
-        JSON: ``stages`` with ``groups`` for each row; of an image its pixels as hexadecimal colours, of text its ids.
+        JSON: ``stages`` with ``groups`` for each row, in which padded tokens are -1; of an image its pixels as hexadecimal
+        colours, of text its ids and ``real``, how many of them are no padding.
     """
     layers = [attached_to(module, TokenReducer) for module in model.modules()]
     stream = next((layer.stream for layer in layers if layer is not None), None)
@@ -44,22 +64,33 @@ def pictures(model: nn.Module, signature: Signature, example: Batch, numbers: li
     finally:
         stream.watch = None
     found = []
+    mask = rows.get("attention_mask")
     for row in range(next(iter(rows.values())).shape[0]):
-        stages = [{"block": number, "groups": _groups(source[row])} for number, source in zip(numbers, sources, strict=False)]
+        real = mask[row].bool().tolist() if mask is not None and mask.dim() == 2 else None
+        stages = [
+            {"block": number, "groups": _groups(source[row], real)} for number, source in zip(numbers, sources, strict=False)
+        ]
         found.append(_content(rows, row) | {"stages": stages})
     return found
 
 
-def _groups(source: Tensor) -> list[int]:
-    """[T, S] -> the number of the token that stands for each of the start."""
+def _groups(source: Tensor, real: list[bool] | None) -> list[int]:
+    """[T, S] -> the number of the token that stands for each of the start; -1: none does, or it is padding."""
     most, which = source.max(dim=0)
-    return [int(number) if there > 0 else -1 for number, there in zip(which.tolist(), most.tolist(), strict=True)]
+    found = [int(number) if there > 0 else -1 for number, there in zip(which.tolist(), most.tolist(), strict=True)]
+    return (
+        found
+        if real is None or len(real) != len(found)
+        else [one if there else -1 for one, there in zip(found, real, strict=True)]
+    )
 
 
 def _content(rows: Batch, row: int) -> dict[str, Any]:
     ids = rows.get("input_ids")
     if ids is not None:
-        return {"ids": ids[row].tolist()}
+        mask = rows.get("attention_mask")
+        real = ids[row] if mask is None or mask.shape != ids.shape else mask[row].nonzero()
+        return {"ids": ids[row].tolist(), "real": len(real)}
     image = next((value[row] for value in rows.values() if value.dim() == 4), None)
     return {} if image is None else _image(image.float())
 
