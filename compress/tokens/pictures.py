@@ -21,23 +21,20 @@ __all__ = ["grid", "longest", "pictures"]
 _ROWS = 2
 _BATCHES = 4
 """Most batches that rows are looked for in."""
+_NONE = torch.zeros(())
 _PIXELS = 32
 """Most pixels along a side of an image that is drawn."""
 
 
 def longest(batches: Iterable[Batch], example: Batch) -> Batch:
-    """The rows with the most tokens that are no padding among the first batches; without a mask, the example."""
-    found = [batch for batch in itertools.islice(batches, _BATCHES) if "attention_mask" in batch]
+    """The rows with the most tokens that are no padding in the batch that has the longest of the first batches; without a mask
+    of tokens, the example. Batches may be padded to different lengths."""
+    found = [batch for batch in itertools.islice(batches, _BATCHES) if batch.get("attention_mask", _NONE).dim() == 2]
     if not found:
         return example
-    lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in found])
-    if lengths.dim() != 1:
-        return example
-    chosen = lengths.argsort(descending=True, stable=True)[:_ROWS]
-    shapes = {name: {batch[name].shape[1:] for batch in found} for name in found[0]}
-    if any(len(shape) > 1 for shape in shapes.values()):
-        return example
-    return {name: torch.cat([batch[name] for batch in found])[chosen] for name in found[0]}
+    batch = max(found, key=lambda one: int(one["attention_mask"].sum(-1).max()))
+    chosen = batch["attention_mask"].sum(-1).argsort(descending=True, stable=True)[:_ROWS]
+    return {name: value[chosen] for name, value in batch.items()}
 
 
 def pictures(model: nn.Module, signature: Signature, example: Batch, numbers: list[int]) -> list[dict[str, Any]]:

@@ -27,18 +27,20 @@ def told(step: TokenPass, lengths: list[int]) -> tuple[list[dict[str, Any]], lis
     rows = {name: value[:1].repeat(len(lengths), 1) for name, value in example.items()}
     rows["input_ids"] = torch.randint(5, 50, rows["input_ids"].shape, generator=torch.Generator().manual_seed(0))
     rows["attention_mask"] = (torch.arange(tokens) < torch.tensor(lengths).unsqueeze(1)).long()
-    batches = [{name: value[at : at + 2] for name, value in rows.items()} for at in range(0, len(lengths), 2)]
+    batches = [
+        {name: value[at : at + 2, : max(lengths[at : at + 2])] for name, value in rows.items()}
+        for at in range(0, len(lengths), 2)
+    ]
     context = Context(signature, find(model, signature, example), lambda: iter(batches), Surgery())
     step.run(model, context)
     return context.report["pictures"], batches
 
 
 def test_the_longest_rows_of_text_are_shown_and_padding_is_in_no_group() -> None:
-    lengths = [4, 9, 5, 12, 3, 6]
+    lengths = [4, 9, 10, 12, 3, 6]
     found, batches = told(MergeTokens(keep={0: 9}), lengths)
-    assert [one["real"] for one in found] == [12, 9]
-    ids = torch.cat([batch["input_ids"] for batch in batches])
-    assert [one["ids"] for one in found] == [ids[3].tolist(), ids[1].tolist()]
+    assert [one["real"] for one in found] == [12, 10]
+    assert [one["ids"] for one in found] == batches[1]["input_ids"][[1, 0]].tolist()
     for one in found:
         (stage,) = one["stages"]
         assert all(group >= 0 for group in stage["groups"][: one["real"]]), "merged tokens are in a group"
@@ -52,7 +54,7 @@ def test_the_longest_rows_of_text_are_shown_and_padding_is_in_no_group() -> None
 
 
 def test_pruned_words_are_gone_and_as_many_as_are_kept_stay() -> None:
-    (first, _), _ = told(PruneTokens(keep={0: 7}, score="received"), [4, 12, 5, 11])
+    (first, _), _ = told(PruneTokens(keep={0: 7}, score="received"), [4, 9, 5, 12])
     groups = first["stages"][0]["groups"]
     assert len({group for group in groups if group >= 0}) == 7
     assert groups.count(-1) == len(groups) - 7
