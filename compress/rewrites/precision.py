@@ -62,9 +62,8 @@ def doubled(model: nn.Module) -> Iterator[nn.Module]:
         for handle in handles:
             handle.remove()
         _convert(model, inside, lambda tensor: originals.narrow(tensor, usual))
-        for holder, kept in cached:
-            holder.clear()
-            holder.update(kept)
+        for module, name, kept in cached:
+            setattr(module, name, kept)
 
 
 class _Originals:
@@ -134,12 +133,18 @@ def _stores(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
-def _cached(model: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-    """Mappings in which modules keep tensors for later calls (LeViT's biases), with what is in them now."""
+def _cached(model: nn.Module) -> list[tuple[nn.Module, str, dict[Any, Any]]]:
+    """Mappings in which modules keep tensors for later calls (LeViT's biases), with a copy of what is in them now."""
     own = ("_parameters", "_buffers", "_modules")
-    held = (value for module in model.modules() for name, value in vars(module).items() if name not in own)
-    maps = [value for value in held if type(value) is dict and all(isinstance(entry, Tensor) for entry in value.values())]
-    return [(value, dict(value)) for value in maps]
+    return [
+        (module, name, dict(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in own
+        and "hooks" not in name
+        and type(value) is dict
+        and all(isinstance(entry, Tensor) for entry in value.values())
+    ]
 
 
 def _convert(model: nn.Module, inside: set[int], change: Callable[[Tensor], Tensor]) -> None:
