@@ -125,8 +125,8 @@ def difference(before: Tensor, after: Tensor) -> float:
     if before.shape != after.shape or not torch.equal(before.isfinite(), after.isfinite()):
         return float("inf")
     finite = before.isfinite()
-    scale = before[finite].abs().amax() if bool(finite.any()) else before.new_ones(())
-    return float((before - after)[finite].abs().amax() / scale.clamp(min=1e-300)) if bool(finite.any()) else 0.0
+    scale = before.detach()[finite].abs().amax() if bool(finite.any()) else before.new_ones(())
+    return float((before - after).detach()[finite].abs().amax() / scale.clamp(min=1e-300)) if bool(finite.any()) else 0.0
 
 
 def _stores(module: nn.Module) -> bool:

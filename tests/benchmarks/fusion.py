@@ -1,13 +1,14 @@
 """Fewer operators: how many ``fuse`` takes out of models of many families, and what each rewrite brings in time.
 
-    python tests/benchmarks/fusion.py                      # operators before and after, torch graph and ONNX file; 3 minutes
+    python tests/benchmarks/fusion.py                      # operators before and after, torch graph and ONNX file; 5 minutes
     python tests/benchmarks/fusion.py --speed              # times, one thread, interleaved; 3 minutes on a quiet machine
     python tests/benchmarks/fusion.py --speed --model deit-s --seconds 60
 
-``--speed`` writes for sst2-minilm (batch 1 and 8, needs ``../shared``) and for a DeiT-S of random weights (batch 1) the file of
-``torch.onnx.export``, the same with each two-operand Add as Sum, the file of this toolkit, the same with each Sum as Add, and one
-file for each rule of ``fuse`` that matches alone and for all of them. Ratios are over ``torch.onnx.export``. For DeiT-S the share
-of the core's float peak is told: its FLOPs over its time, against a product of 1024 x 1024 matrices.
+``--speed`` needs onnxscript, for ``torch.onnx.export``. It writes for sst2-minilm (batch 1 and 8, needs ``../shared``) and for a
+DeiT-S of random weights (batch 1) the file of ``torch.onnx.export``, the same with each two-operand Add as Sum, the file of this
+toolkit, the same with each Sum as Add, and one file for each rule of ``fuse`` that matches alone and for all of them. Ratios are
+over ``torch.onnx.export``. For DeiT-S the share of the core's float peak is told: its FLOPs over its time, against a product of
+1024 x 1024 matrices.
 """
 
 from __future__ import annotations
@@ -104,9 +105,11 @@ def swapped(path: Path, old: str, new: str) -> Path:
 def subject(name: str) -> tuple[torch.nn.Module, Any, Any, tuple[int, ...]]:
     """Model, signature, eight rows, and the batch sizes that are timed."""
     if name == "deit-s":
-        import transformers
-
         from calibrate.signature import Signature, TensorSpec
+        from compress.sources import settle_torchvision
+
+        settle_torchvision()
+        import transformers
 
         torch.manual_seed(0)
         config = transformers.DeiTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
@@ -194,7 +197,7 @@ def peak(model: torch.nn.Module, signature: Any, example: Any, milliseconds: flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--seconds", type=float, default=40.0, help="for each model and batch size")
+    parser.add_argument("--seconds", type=float, default=25.0, help="for each model and batch size")
     parser.add_argument("--model", choices=["sst2-minilm", "deit-s"], help="one of them (default: both)")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     given = parser.parse_args()
