@@ -100,6 +100,8 @@ CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 _REGIONS = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled"})
 PRODUCTS = frozenset({"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 """Products of two tensors; the grouped ones multiply each token by the matrix of its expert."""
+UNPACKED = frozenset({"dequantize", "binary"})
+"""Operations that give a weight from its codes, or from its bits."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ class Flow:
         origin = self._largest(start)
         if origin is None:
             return None
-        name, carried = str(self.steps[origin].tensor), self.steps[start].op == "dequantize" or step.op == "embedding"
+        name, carried = str(self.steps[origin].tensor), self.steps[start].op in UNPACKED or step.op == "embedding"
         shape = self.steps[start].shape
         if step.op == "embedding" and len(shape) < 2:
             shape = tuple(step.arguments[-1]) if isinstance(step.arguments[-1], (list, tuple)) else shape

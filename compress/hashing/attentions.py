@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from calibrate.modes import evaluating
 from compress.anatomy import Anatomy, Block
-from compress.layers import HashedAttention, TopKAttention
+from compress.layers import BinaryProducts, HashedAttention, TopKAttention
 from compress.layers.attached import attached_to
 from compress.layers.attention_terms import shared_heads
 from compress.layers.redirected import Redirecting
@@ -158,6 +158,8 @@ def _reason(model: nn.Module, block: Block, heard: Heard) -> str:
         return "its attention is hashed already"
     if attached_to(module, TopKAttention) is not None:
         return "its largest scores count alone: that has no linear form"
+    if attached_to(module, BinaryProducts) is not None:
+        return "its products are of one bit already: hash it first, and binarize what is left"
     if not any("attention.value" in site.roles for site in block.sites):
         return "it has no attention"
     if isinstance(module, nn.Sequential | nn.ModuleList):

@@ -105,8 +105,8 @@ class BinaryProducts(Redirecting, nn.Module):
         if enable_gqa:
             key, value = shared_heads(query, key, value)
         signs = self._bits(query, "query") @ self._bits(key, "key").transpose(-1, -2)
-        q_plus, q_minus = query @ self.query_plus, query @ self.query_minus
-        k_plus, k_minus = ((key @ vector).transpose(-1, -2) for vector in (self.key_plus, self.key_minus))
+        q_plus, q_minus = _along(query, self.query_plus), _along(query, self.query_minus)
+        k_plus, k_minus = (_along(key, vector).transpose(-1, -2) for vector in (self.key_plus, self.key_minus))
         scores = (signs + q_minus * k_plus + q_plus * (k_minus + k_plus)) * (query.shape[-1] ** -0.5 if scale is None else scale)
         scores = masked(scores, attn_mask, is_causal)
         chance = scores.softmax(-1)
@@ -115,7 +115,13 @@ class BinaryProducts(Redirecting, nn.Module):
             few = stepped(chance, half, self.probability_scale, True)
         else:
             few = torch.where(chance >= half, self.probability_scale, torch.zeros_like(self.probability_scale))
-        return few @ (self._bits(value, "value") + value @ self.value_plus)
+        return few @ (self._bits(value, "value") + _along(value, self.value_plus))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, value_dim={self.value_dim}"
+
+
+def _along(x: Tensor, vector: Tensor) -> Tensor:
+    """[B, H, T, D] and [H, D, 1] -> [B, H, T, 1]: one number a token. As a sum, so that nobody takes the vector for a weight
+    that projects tokens."""
+    return (x * vector.transpose(-1, -2)).sum(-1, keepdim=True)

@@ -14,7 +14,7 @@ from calibrate.errors import UserError
 from calibrate.modes import evaluating
 from compress.anatomy import Anatomy, Block
 from compress.depth.greedy import Change, Greedy
-from compress.layers import TopKAttention
+from compress.layers import BinaryProducts, HashedAttention, TopKAttention
 from compress.layers.attached import attached_to
 from compress.layers.topk_attention import attentions
 from compress.passes.contract import Context, Pass, Target
@@ -160,9 +160,12 @@ def _attentions(model: nn.Module, anatomy: Anatomy) -> tuple[dict[str, str], dic
 
 
 def _reason(model: nn.Module, block: Block, calls: list[list[int]]) -> str:
-    hard = attached_to(model.get_submodule(block.path), TopKAttention)
+    module = model.get_submodule(block.path)
+    hard = attached_to(module, TopKAttention)
     if hard is not None:
         return f"its {hard.k} largest scores count already"
+    if any(attached_to(module, kind) is not None for kind in (HashedAttention, BinaryProducts)):
+        return "hash codes or products of one bit stand for its attention already"
     if not any("attention.value" in site.roles for site in block.sites):
         return "it has no attention"
     if not calls:

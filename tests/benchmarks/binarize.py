@@ -2,20 +2,23 @@
 
     python tests/benchmarks/binarize.py --speed            # about a minute: a 1024x1024 layer at 1, 16 and 128 rows
     python tests/benchmarks/binarize.py --files RUN ...    # times the files of finished runs against their float files
-    python tests/benchmarks/binarize.py --curve RECIPE     # hours on two cores: naive, scaled, repaired, two bases
+    python tests/benchmarks/binarize.py --curve RECIPE     # half an hour: naive, scaled, repaired, two bases
 
-One thread, ONNX Runtime, interleaved. ``--files`` takes run folders of ``compress apply``, as of the recipes ``sst2-1bit`` and
-``cifar10-vit-1bit`` in ``recipes``; ``--curve`` needs their models and data (``../shared``). Without options: ``--speed``.
+One thread; the times in ONNX Runtime, interleaved. ``--files`` takes run folders of ``compress apply``, as of the recipes
+``sst2-1bit`` and ``cifar10-vit-1bit`` in ``recipes``; ``--curve`` takes such a recipe, binarizes the blocks alone, and judges
+in torch; it needs their models and data (``../shared``). Without options: ``--speed``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
-import json
+import itertools
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,29 +115,62 @@ def files(runs: list[Path]) -> None:
             print(f"  batch {size}: {times['float'].median_ms:.2f} ms, {times['1 bit'].median_ms:.2f} ms: {1 / ratio.value:.2f}x")
 
 
-def curve(path: Path, counts: list[int], out: Path) -> None:
-    """The metric of the ONNX file for each setting and number of binarized layers, those that lose least first."""
-    import yaml
+def curve(path: Path, counts: list[int], settings: list[str], steps: int, rows: int, batch: int) -> None:
+    """The metric of the torch model, whose integers the files hold, for each setting and number of binarized layers: those that
+    lose least alone first."""
+    from drop_layers import short
 
-    from compress.api import apply
+    from calibrate.fidelity import sqnr_db
+    from calibrate.metrics import metric, paired_drop
+    from compress.anatomy import find
+    from compress.binarization.binary_sites import plan_binary
+    from compress.datasets import load_data
+    from compress.passes.binarize import Binarize
+    from compress.passes.contract import Context
+    from compress.preparation import model_of
+    from compress.recipe import read
+    from compress.surgery import Surgery
 
-    recipe = yaml.safe_load(path.read_text())
-    for key in ("calibration", "evaluation"):
-        recipe["data"][key]["path"] = str((path.parent / recipe["data"][key]["path"]).resolve())
-    recipe["model"] = "hf:" + str((path.parent / str(recipe["model"]).removeprefix("hf:")).resolve())
-    recipe |= {"accept": {"metric_drop": 1.0}, "export": [{"onnx": {"openvino": False}}], "measure": {"repeats": 3}}
-    own = next(step["binarize"] for step in recipe["passes"] if "binarize" in step)
-    for name, setting in SETTINGS.items():
+    recipe = read(path)
+    source = model_of(recipe, False)
+    data = load_data(recipe, source)
+    judged = data.evaluation
+    assert judged is not None
+    assert judged.labels is not None
+    batches, labels = short(list(itertools.islice(judged.batches(1), rows)), judged.labels[:rows])
+    accuracy = metric("accuracy")
+
+    def outputs(model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([source.signature.call(model.eval(), batch) for batch in batches])
+
+    def run(model: nn.Module, **options: Any) -> dict[str, Any]:
+        calibration = list(data.calibration_batches())
+        anatomy = find(model, source.signature, data.example)
+        context = Context(source.signature, anatomy, lambda: iter(calibration), Surgery())
+        Binarize(**options).run(model, context)
+        return context.report
+
+    given = outputs(source.model)
+    right = float((given.argmax(-1) == labels).double().mean())
+    every = len(plan_binary(Binarize(), source.model, find(source.model, source.signature, data.example))[0])
+    alone = run(copy.deepcopy(source.model), repair=0, count=every)["repair"]["alone"]
+    order = sorted(alone, key=lambda site: alone[site]["noise"])
+    print(f"{path.stem}: {len(labels)} rows, {every} layers, repair of {steps} steps of {batch} rows; float {right:.4f}")
+    print("order:", ", ".join(order), flush=True)
+    for name in settings or SETTINGS:
         for count in counts:
-            label = f"{path.stem}-{name.replace(', ', '-')}-{count}"
-            step = {key: value for key, value in own.items() if setting.get("repair") != 0 or not key.startswith("repair")}
-            passes = [one for one in recipe["passes"] if "binarize" not in one]
-            passes.append({"binarize": step | setting | {"count": count, "rest": "float"}})
-            file = out / f"{label}.yaml"
-            file.write_text(yaml.safe_dump(recipe | {"passes": passes, "name": label}, sort_keys=False))
-            report = apply(file, out=out / label)
-            row = next(row for row in report.rows if row.label == "onnx")
-            print(json.dumps({"setting": name, "layers": count, "metric": row.metric and row.metric.value, "db": row.sqnr_db}))
+            own: dict[str, Any] = dict(SETTINGS[name])
+            own |= {"sites": order[:count]} | ({} if own.get("repair") == 0 else {"repair": steps, "repair_rows": batch})
+            started = time.perf_counter()
+            model = copy.deepcopy(source.model)
+            run(model, **own)
+            now = outputs(model)
+            lost = paired_drop(accuracy, labels, given, now)
+            share = float((now.argmax(-1) == labels).double().mean())
+            told = f"{100 * lost.value:5.2f} [{100 * lost.low:5.2f}, {100 * lost.high:5.2f}]  {sqnr_db(given, now):5.1f} dB"
+            took = time.perf_counter() - started
+            print(f"{name:<17} {count:>3} layers  {share:.4f}  lost {told}  ({took:.0f} s)", flush=True)
 
 
 def main() -> None:
@@ -142,18 +178,19 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--files", nargs="*", type=Path, default=[])
     parser.add_argument("--curve", type=Path)
-    parser.add_argument("--counts", nargs="*", type=int, default=[6, 12, 18, 24, 30, 36])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--counts", nargs="*", type=int, default=[6, 12, 24, 36])
+    parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=[])
+    parser.add_argument("--steps", type=int, default=100, help="of the repair")
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=2000, help="evaluation rows, the first so many")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        out = given.out or Path(temporary)
-        out.mkdir(parents=True, exist_ok=True)
-        if given.speed or not (given.files or given.curve):
-            speed(out)
-        files(given.files)
-        if given.curve:
-            curve(given.curve, given.counts, out)
+    if given.speed or not (given.files or given.curve):
+        with tempfile.TemporaryDirectory() as folder:
+            speed(Path(folder))
+    files(given.files)
+    if given.curve:
+        curve(given.curve, given.counts, given.settings, given.steps, given.rows, given.batch)
 
 
 if __name__ == "__main__":

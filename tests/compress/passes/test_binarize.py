@@ -21,6 +21,8 @@ from compress.binarization.products import find_products
 from compress.layers import BinaryActivation, BinaryLinear, BinaryProducts, QuantLinear, is_quantized
 from compress.passes.binarize import Binarize
 from compress.passes.contract import Context
+from compress.passes.hash_attention import HashAttention
+from compress.passes.topk_attention import TopkAttention
 from compress.surgery import Surgery
 
 EXAMPLE = Binarize(sites=["mlp.*"], repair=6, repair_rows=12)
@@ -219,6 +221,24 @@ def test_count_takes_those_that_lose_least_and_the_rest_is_int8() -> None:
     assert trial.sqnr_db > _trial(repair=0).sqnr_db
     left = tried(Binarize(count=5, rest="float", repair=0, sensitivity_rows=16), *digits())
     assert sum(isinstance(module, nn.Linear) for module in left.after.modules()) >= 11
+
+
+@pytest.mark.parametrize("products", ["float", "binary"])
+def test_what_comes_after_finds_the_roles_that_were_there_before(products: str) -> None:
+    trial = _trial(products=products, repair=0)
+    found = find(trial.after, trial.signature, {"pixels": trial.rows[0]["pixels"][:2]})
+    was, now = ({site.path: (site.roles, site.kind, site.block, site.flops) for site in of.sites} for of in (trial.anatomy, found))
+    assert {path: now[path] for path in was} == was
+    assert not any(now[path][0] for path in now if path not in was)
+    assert [(block.path, block.heads) for block in found.blocks] == [(block.path, block.heads) for block in trial.anatomy.blocks]
+
+
+@pytest.mark.parametrize("step", [HashAttention(anchors=4), TopkAttention(k=3)])
+def test_products_of_one_bit_are_not_replaced_unseen(step: HashAttention | TopkAttention) -> None:
+    trial = _trial(products="binary", repair=0)
+    with pytest.raises(UserError, match="no block has an attention") as caught:
+        step.targets(trial.after, find(trial.after, trial.signature, {"pixels": trial.rows[0]["pixels"][:2]}))
+    assert "of one bit" in caught.value.hint
 
 
 def test_operations_and_energy_are_counted() -> None:
