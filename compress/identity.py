@@ -74,11 +74,11 @@ def _program(recipe: Recipe) -> list[Path]:
 
 
 def _beside(folder: Path) -> set[Path]:
-    """Modules that were imported from a folder of the user's."""
+    """Modules that were imported from a folder of the user's; some (``torch.classes``) name a file that does not exist."""
     home = folder.resolve()
     loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     found = {Path(file).resolve() for file in loaded if file and file.endswith(".py")}
-    return {file for file in found if file.is_relative_to(home) and "site-packages" not in file.parts}
+    return {file for file in found if file.is_relative_to(home) and "site-packages" not in file.parts and file.is_file()}
 
 
 def _digest(files: Iterable[Path]) -> str:

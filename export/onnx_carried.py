@@ -218,7 +218,11 @@ def _whole_numbers(b: Lowering, carried: Carried, name: str, values: Tensor) -> 
 
 
 def _fields(b: Lowering, packed: Held, bits: int, shape: Sequence[Any]) -> Held:
-    """Bytes [...] as their fields [..., 8 / bits], int32. Div and Mod, because OpenVINO reads BitShift of bytes wrongly."""
+    """Bytes [...] as their fields [..., 8 / bits], int32.
+
+    By Div and Mod: OpenVINO reads BitShift of bytes wrongly. What does it costs nothing when the file runs: it hangs on
+    initializers alone, so that ONNX Runtime computes it once, when it opens the file, and runs INT8 kernels on the result.
+    """
     whole = b.cast(b.op("Unsqueeze", packed, b.ints(len(shape)), shape=(*shape, 1), dtype=torch.uint8), torch.int32)
     steps = b.constant([2 ** (position * bits) for position in range(8 // bits)], torch.int32)
     made = b.op("Div", whole, steps, shape=(*shape, 8 // bits), dtype=torch.int32)

@@ -90,12 +90,13 @@ def repaired(
             course = _course(plan, plan.block_steps, None if share is None else share / len(blocks))
             taught = distil(model, context.call, lesson, rates, every, course, _said(context, f"repair of {block.path}"))
             told["blocks"][block.path] = taught.json()
+            _warn(context, f"the repair of {block.path}", taught, plan.rate)
     if plan.steps:
         lesson = LiveLesson(original, context.call, maker.made(plan.steps, len(blocks)), [b.path for b in blocks], "features")
         rates = _rates(model, latents, blocks, plan.rate)
         taught = distil(model, context.call, lesson, rates, every, _course(plan, plan.steps, share), _said(context, "repair"))
         told["whole"] = taught.json()
-        _warn(context, taught)
+        _warn(context, "the repair", taught, plan.rate)
     return told
 
 
@@ -107,11 +108,16 @@ def _said(context: Context, what: str) -> Callable[[int, int, str], None]:
     return lambda done, total, _: context.progress(done, total, what)
 
 
-def _warn(context: Context, taught: Taught) -> None:
-    if "diverged" in taught.stopped or "finite" in taught.stopped:
-        best = f"the state after step {taught.best_step}" if taught.best_step else "the state before it"
-        text = f"the repair was stopped after {taught.steps} of {taught.planned} steps: {taught.stopped}; {best} is kept"
-        context.report.setdefault("warnings", []).append(text)
+def _warn(context: Context, what: str, taught: Taught, rate: float) -> None:
+    """Says that it diverged, or that it was no use."""
+    broke = "diverged" in taught.stopped or "finite" in taught.stopped
+    if not taught.steps or (taught.best_step and not broke):
+        return
+    text = f"{what} was stopped after {taught.steps} of {taught.planned} steps: {taught.stopped}; " if taught.stopped else ""
+    text += f"the state after step {taught.best_step} is kept" if taught.best_step else "the state before it is kept"
+    if not taught.best_step:
+        text += f": on the held-out rows nothing was better. Try a lower rate than {rate:g}, or more calibration rows"
+    context.report.setdefault("warnings", []).append(text if taught.stopped else f"after {what} {text}")
 
 
 def _inside(latents: Mapping[str, Latent], block: Block) -> bool:

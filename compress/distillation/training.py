@@ -262,7 +262,7 @@ class _Training:
         each = max(len(lesson.fit), 1)
         self.planned = min(course.epochs * each if lesson.fit else 0, course.steps if course.steps is not None else 1 << 40)
         groups = [{"params": [self.parameters[name]], "lr": rate} for name, rate in rates.items() if name in self.parameters]
-        self.optimizer = torch.optim.Adam(groups, betas=course.betas) if groups else None
+        self.optimizer = torch.optim.Adam(groups, betas=course.betas, fused=True) if groups else None
         self.every = max(1, min(each, self.planned // max(course.checks, 1)))
         self.best: dict[str, Tensor] = {}
 

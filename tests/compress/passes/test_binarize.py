@@ -87,9 +87,13 @@ def test_a_rate_that_destroys_is_stopped_the_best_is_kept_and_said() -> None:
     told = _report(trial)["repair"]
     assert told["whole"]["stopped"]
     assert told["whole"]["loss_after"] <= told["whole"]["loss_before"]
-    same = _trial(repair=0)
-    if told["whole"]["best_step"] == 0:
-        assert trial.sqnr_db == pytest.approx(same.sqnr_db, abs=0.5)
+    assert told["whole"]["best_step"] == 0
+    assert trial.sqnr_db == pytest.approx(_trial(repair=0).sqnr_db, abs=0.5)
+    (said,) = _report(trial)["warnings"]
+    assert said.startswith(f"the repair was stopped after {told['whole']['steps']} of 40 steps")
+    assert "the state before it is kept" in said
+    assert "lower rate than 1" in said
+    assert "warnings" not in _report(_trial(repair=60, repair_rows=16)), "a control: one that helps warns of nothing"
 
 
 def test_a_loss_that_is_not_finite_stops_it_and_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
