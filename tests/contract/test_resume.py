@@ -216,6 +216,17 @@ def test_a_run_goes_on_only_if_everything_is_as_it_was(
         assert again.notes == [f"started again: {says} since the interrupted run"]
 
 
+def test_it_runs_in_the_folder_of_the_model_where_modules_seem_to_lie_that_have_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``torch.classes`` says that its file is ``_classes.py``: relative, and nowhere."""
+    assert str(torch.classes.__file__) == "_classes.py", "a control: the module that does so is there"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "layers", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        apply(read(project(tmp_path)), tmp_path / "out", trust=True, progress=Stop("onnx: float file, to compare with"))
+
+
 def test_a_report_says_that_a_run_started_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         apply(read(project(tmp_path)), tmp_path / "out", trust=True, progress=Stop("onnx: write"))
