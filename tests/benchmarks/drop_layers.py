@@ -52,6 +52,8 @@ class Bench:
     epochs: int
     rows: int
     name: str
+    most: int | None = None
+    """Evaluation rows, the first so many; None: all."""
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
@@ -63,7 +65,7 @@ class Bench:
         judged = data.evaluation
         assert judged is not None
         assert judged.labels is not None
-        self.batches, self.labels = short(list(judged.batches(1)), judged.labels)
+        self.batches, self.labels = short(list(itertools.islice(judged.batches(1), self.most)), judged.labels[: self.most])
         self.float = self.outputs(self.source.model)
 
     def outputs(self, model: nn.Module) -> Tensor:

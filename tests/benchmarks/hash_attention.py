@@ -4,9 +4,10 @@
     python tests/benchmarks/hash_attention.py --quality --model cifar10      # each block alone, all, with keep, with distill
     python tests/benchmarks/hash_attention.py --quality --model sst2
 
-``--quality`` needs ``../shared`` (the models and their data): 256 calibration rows, accuracy on all rows of dev in torch, and
-what it lost against float with the paired 95 % interval. ``--speed`` times the attention alone, without the projections around
-it: 3 heads of 64, 16 bits, 25 anchors; times mean something on a machine that does nothing else.
+``--quality`` needs ``../shared`` (the models and their data): 256 calibration rows, accuracy in torch on all
+rows of dev or the first ``--rows``, and what it lost against float with the paired 95 % interval. ``--speed`` times the attention
+alone, without the projections around it: 3 heads of 64, 16 bits, 25 anchors; times mean something on a machine that does nothing
+else.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def fewer_macs() -> int:
     return Hashable(block, HEADS, WIDTH, WIDTH, 1, 1).even_tokens(BITS, ANCHORS)
 
 
-def quality(name: str, settings: list[dict[str, Any]]) -> None:
+def quality(name: str, settings: list[dict[str, Any]], rows: int | None) -> None:
     """What each block loses alone, all of them, and with each of the settings."""
     from drop_layers import Bench
 
@@ -111,7 +112,7 @@ def quality(name: str, settings: list[dict[str, Any]]) -> None:
     from compress.passes.hash_attention import HashAttention
     from compress.surgery import Surgery
 
-    bench = Bench("attention", 1, 0, 256, name)
+    bench = Bench("attention", 1, 0, 256, name, rows)
     print(f"{name}, {len(bench.labels)} rows of dev; float {float(bench.right(bench.float).mean()):.4f}", flush=True)
     anatomy = find(bench.source.model, bench.source.signature, bench.example)
     given = settings or [{}, {"distill": 8}, {"keep": 3}, {"keep": 3, "distill": 8}]
@@ -141,12 +142,13 @@ def main() -> None:
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--model", choices=["cifar10", "sst2"], default="cifar10")
     parser.add_argument("--options", default="[]", help="a JSON list of options of the pass, instead of the usual ones")
+    parser.add_argument("--rows", type=int, help="evaluation rows, the first so many; by default all")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.speed or not given.quality:
         speed(given.seconds)
     if given.quality:
-        quality(given.model, json.loads(given.options))
+        quality(given.model, json.loads(given.options), given.rows)
 
 
 if __name__ == "__main__":
