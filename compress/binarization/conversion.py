@@ -231,10 +231,10 @@ class _Binarizing:
         return counted(taken, whole - sum(macs for macs, _, _ in taken.values()))
 
     def _rest(self, others: Mapping[str, str]) -> None:
-        """What ``count`` left becomes INT8, by quantize's defaults."""
+        """What ``count`` left becomes INT8, by quantize's defaults, on the rows that inputs are measured on."""
         if self.step.rest != "8" or not others:
             return
-        own = replace(self.context, report={})
+        own = replace(self.context, report={}, calibration=lambda: iter(self.few), rows=_count(self.few))
         self.step.eight_bits(list(others)).run(self.model, own)
         self.context.report["rest"] = own.report["sites"]
 

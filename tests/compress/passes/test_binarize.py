@@ -227,11 +227,21 @@ def test_count_takes_those_that_lose_least_and_the_rest_is_int8() -> None:
     assert sum(isinstance(module, nn.Linear) for module in left.after.modules()) >= 11
 
 
+def test_inputs_of_the_rest_are_measured_on_the_first_rows_too() -> None:
+    model, signature, rows = digits()
+    step = Binarize(count=5, repair=0, sensitivity_rows=16, input_rows=16)
+    wild = [*rows[:-1], {"pixels": 100 * rows[-1]["pixels"]}]
+    found = [_report(tried(step, model, signature, given))["rest"] for given in (rows, wild)]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("products", ["float", "binary"])
 def test_what_comes_after_finds_the_roles_that_were_there_before(products: str) -> None:
     trial = _trial(products=products, repair=0)
     found = find(trial.after, trial.signature, {"pixels": trial.rows[0]["pixels"][:2]})
-    was, now = ({site.path: (site.roles, site.kind, site.block, site.flops) for site in of.sites} for of in (trial.anatomy, found))
+    was, now = (
+        {site.path: (site.roles, site.kind, site.block, site.flops) for site in of.sites} for of in (trial.anatomy, found)
+    )
     assert {path: now[path] for path in was} == was
     assert not any(now[path][0] for path in now if path not in was)
     assert [(block.path, block.heads) for block in found.blocks] == [(block.path, block.heads) for block in trial.anatomy.blocks]
