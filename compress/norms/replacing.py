@@ -77,7 +77,6 @@ def _obstacle(module: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> str:
 class NormExchange:
     """Norms that are being exchanged for ``RepNorm``; ``parts``: by path, ``others``: what is exchanged in step with them."""
 
-    model: nn.Module
     parts: Mapping[str, RepNorm]
     others: Sequence[Other] = ()
 
@@ -111,7 +110,7 @@ class NormExchange:
             parts[path].fit(moments[path])
             parts[path].train(parent.training)
             setattr(parent, name, parts[path])
-        return cls(model, parts, others)
+        return cls(parts, others)
 
     def set(self, share: float, learning: bool) -> None:
         for part in self.parts.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -136,7 +136,7 @@ class ReplaceNorms(Pass):
             "joined": list(mlps),
             "skipped": skipped | soft,
             "training": taught.json(),
-            "warnings": _warnings(taught, merged),
+            "warnings": _warnings(taught),
         }
         return model
 
@@ -232,7 +232,7 @@ def _channels(module: nn.Module) -> int:
     return int(module.get_parameter("weight").numel())
 
 
-def _warnings(taught: Travelled, merged: dict[str, list[str]]) -> list[Any]:
+def _warnings(taught: Travelled) -> list[str]:
     said = []
     if taught.stopped:
         said.append(f"training stopped: {taught.stopped}")
