@@ -11,29 +11,24 @@ __all__ = ["ChannelAffine"]
 
 
 class ChannelAffine(nn.Module):
-    """``weight * x + bias`` for ``x`` [..., C]; ``affine`` false: ``x`` itself, where both were folded into what reads it."""
+    """``weight * x + bias`` for ``x`` [..., C]."""
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
-    def __init__(self, channels: int, affine: bool = True) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels, self.affine = channels, affine
-        self.register_parameter("weight", nn.Parameter(torch.ones(channels), requires_grad=False) if affine else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(channels), requires_grad=False) if affine else None)
+        self.channels = channels
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=False)
 
     def config(self) -> dict[str, Any]:
         """What rebuilds the layer, as JSON."""
-        return {"channels": self.channels, "affine": self.affine}
+        return {"channels": self.channels}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ChannelAffine:
         return cls(**config)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None or self.bias is None:
-            return x
         return x * self.weight + self.bias
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, affine={self.affine}"
+        return f"{self.channels}"

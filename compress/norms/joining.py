@@ -16,7 +16,7 @@ from calibrate.fidelity import sqnr_db
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy, Block
-from compress.layers import ChannelAffine, FadedActivation
+from compress.layers import FadedActivation, Identity
 from compress.rehearsal import stand_in
 from compress.surgery import Surgery
 
@@ -88,7 +88,7 @@ def join(model: nn.Module, surgery: Surgery, one: Joinable) -> None:
     constant = down.bias.detach().double()
     if up.bias is not None:
         constant = constant + second @ up.bias.detach().double()
-    surgery.replace(model, one.up, ChannelAffine(up.in_features, affine=False))
+    surgery.replace(model, one.up, Identity())
     surgery.narrow(model, one.down, "weight", 1, list(range(up.in_features)))
     surgery.set(model, one.down, "in_features", up.in_features)
     for name, made in (("weight", second @ first), ("bias", constant)):

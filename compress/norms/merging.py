@@ -17,7 +17,7 @@ from calibrate.fidelity import sqnr_db
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy
-from compress.layers import ChannelAffine
+from compress.layers import ChannelAffine, Identity
 from compress.surgery import Surgery
 
 __all__ = ["candidates", "merge", "readers"]
@@ -57,10 +57,8 @@ def merge(
     for chosen in (readers(model, path, call, row), *map(list, others)):
         if chosen and all(_suits(model, one, path) for one in chosen) and _holds(model, path, call, row, chosen):
             layer = _affine(model, path)
-            assert layer.weight is not None
-            assert layer.bias is not None
             _fold(model, chosen, layer.weight, layer.bias)
-            surgery.replace(model, path, ChannelAffine(layer.channels, affine=False))
+            surgery.replace(model, path, Identity())
             return chosen
     return []
 
@@ -133,7 +131,7 @@ def _holds(model: nn.Module, path: str, call: Callable[[nn.Module, Batch], Tenso
             layer.weight, layer.bias = (nn.Parameter(one, requires_grad=False) for one in (factor, constant))
             before = call(model, row).float()
             _fold(model, chosen, factor, constant)
-            layer.weight, layer.bias = None, None
+            layer.weight, layer.bias = (nn.Parameter(one, requires_grad=False) for one in (factor * 0 + 1, constant * 0))
             after = call(model, row).float()
     finally:
         for module, parameters in zip(touched, kept, strict=True):

@@ -153,8 +153,6 @@ class ReplaceNorms(Pass):
         row = {name: tensor[:1] for name, tensor in example.items()}
         for path, (factor, constant) in affine.items():
             layer = ChannelAffine(len(factor))
-            assert layer.weight is not None
-            assert layer.bias is not None
             layer.weight.copy_(factor)
             layer.bias.copy_(constant)
             surgery.replace(model, path, layer)
