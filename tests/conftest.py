@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -40,6 +41,7 @@ def _declare_torchvision() -> torch.library.Library | None:
 
 _torchvision = _declare_torchvision()
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 100)  # libraries hold millions of objects that live for ever
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,8 @@ class Fuse(Pass):
 
     Quantized and cast layers are left as they are; the rest of the model is rewritten around them. By default all rules are
     applied but those that bring no runtime anything: ``layer_norm``, which takes from a later ``quantize`` the place where its
-    factors cost nothing, and ``dropout``, which files do not have anyway.
+    factors cost nothing, ``attention_scale``, which costs a later ``quantize`` accuracy, and ``dropout``, which files do not have
+    anyway.
     """
 
     name: ClassVar[str] = "fuse"
@@ -49,7 +50,7 @@ class Fuse(Pass):
         None,
         description="The rules that are applied, in an order of their own: "
         + ", ".join(rule.name for rule in RULES)
-        + ". One that is named and matches nothing is an error. Default: all but layer_norm and dropout.",
+        + ". One that is named and matches nothing is an error. Default: all but layer_norm, attention_scale and dropout.",
         json_schema_extra={
             "anyOf": [
                 {"type": "array", "minItems": 1, "items": {"type": "string", "enum": [rule.name for rule in RULES]}},

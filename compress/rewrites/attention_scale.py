@@ -23,9 +23,13 @@ class AttentionScaleIntoQuery(Rule):
     Between the projection and the scores q may be moved, multiplied by what does not depend on it and added to itself (rotary
     positions), but not normalised or biased. The code has to read its scale from an attribute of the module, which becomes 1:
     whether it does is seen in the graph after it.
+
+    Runtimes multiply the scores by the scale within their product (ONNX Runtime's FusedMatMul), so it saves them nothing, and the
+    smaller queries make a later ``quantize`` lose more; it is applied only where it is named.
     """
 
     name = "attention_scale"
+    default = False
 
     def find(self, view: View) -> Found:
         found = Found()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from families import build
+from sweeps import swept
 
 from compress.anatomy import Anatomy, Block, find
 
@@ -531,7 +532,17 @@ def relative(block: Block, roles: tuple[str, ...]) -> str:
     return " ".join("+".join(path[cut:] for path in block.roles.get(role, [])) or "-" for role in roles)
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize(
+    "name",
+    swept(
+        FACTS,
+        {
+            "bert", "albert", "deberta_v2", "modernbert", "squeezebert", "t5_encoder", "torch_encoder", "gpt2", "llama", "gemma2",
+            "mixtral", "bart", "gpt_neox", "vit", "dinov2_swiglu", "swin", "segformer", "levit", "mobilevitv2", "convnextv2",
+            "timm_vit", "timm_deit_distilled", "timm_efficientformer", "timm_mobilevit",
+        },
+    ),
+)  # fmt: skip
 def test_facts(name: str) -> None:
     anatomy, model = anatomy_of(name)
     facts = FACTS[name]

@@ -26,27 +26,35 @@ from trial import Trial, rebuilt, tried
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 QKV = {"qkv": 2}
-BOTH = {"attention_scale": 2, "qkv": 2}
 MATCHED: dict[str, dict[str, int]] = {
-    "bert": BOTH, "albert": {"qkv": 1}, "llama": {"rms_norm": 5, **BOTH}, "dinov2": {"layer_scale": 4, **BOTH},
+    "bert": QKV, "albert": {"qkv": 1}, "llama": {"rms_norm": 5, **QKV}, "dinov2": {"layer_scale": 4, **QKV},
 }  # fmt: skip
 """How many places of each family each rule matches; the rules that are not named match none."""
 
 MANY: dict[str, dict[str, int]] = {
-    "bert_eager": BOTH, "distilbert": BOTH, "t5_encoder": {"rms_norm": 4, **QKV}, "gpt2": {},
-    "sentence_bert": BOTH, "roberta": BOTH, "electra": BOTH, "deberta_v2": QKV, "mpnet": QKV, "esm": QKV,
-    "convbert": QKV, "mobilebert": BOTH, "clip_text": BOTH, "opt": BOTH, "llama_eager": {"rms_norm": 5, **BOTH},
-    "qwen3": {"rms_norm": 5, **QKV}, "gemma": {"rms_norm": 4, **BOTH}, "phi": BOTH, "vit": BOTH, "deit": BOTH, "beit": BOTH,
-    "clip_vision": BOTH, "swin": {"attention_scale": 4, "qkv": 4},
-    "segformer_semantic": {"batch_norm": 1, "attention_scale": 4, "qkv": 4},
+    "bert_eager": QKV, "distilbert": QKV, "t5_encoder": {"rms_norm": 4, **QKV}, "gpt2": {},
+    "sentence_bert": QKV, "roberta": QKV, "electra": QKV, "deberta_v2": QKV, "mpnet": QKV, "esm": QKV,
+    "convbert": QKV, "mobilebert": QKV, "clip_text": QKV, "opt": QKV, "llama_eager": {"rms_norm": 5, **QKV},
+    "qwen3": {"rms_norm": 5, **QKV}, "gemma": {"rms_norm": 4, **QKV}, "phi": QKV, "vit": QKV, "deit": QKV, "beit": QKV,
+    "clip_vision": QKV, "swin": {"qkv": 4},
+    "segformer_semantic": {"batch_norm": 1, "qkv": 4},
     "mobilevitv2": {"batch_norm": 25, "linear_chain": 2}, "timm_levit": {"batch_norm": 52},
     "timm_efficientformer": {"batch_norm": 33, "layer_scale": 16}, "timm_mobilevit": {"batch_norm": 32},
 }  # fmt: skip
 
 
-def fused(name: str, expected: dict[str, int]) -> Trial:
+SCALED = {"bert": 2, "llama": 2}
+SCALED_TOO = {
+    "bert_eager": 2, "distilbert": 2, "sentence_bert": 2, "roberta": 2, "electra": 2, "mobilebert": 2, "clip_text": 2, "opt": 2,
+    "llama_eager": 2, "gemma": 2, "phi": 2, "vit": 2, "deit": 2, "beit": 2, "dinov2": 2, "clip_vision": 2, "swin": 4,
+    "segformer_semantic": 4,
+}  # fmt: skip
+"""Where the scale of the scores can go into the queries, which is done only where it is asked for."""
+
+
+def fused(name: str, expected: dict[str, int], rules: list[str] | None = None) -> Trial:
     model, signature, example = build(name)
-    trial = tried(Fuse(), model, signature, [example])
+    trial = tried(Fuse(rules=rules), model, signature, [example])
     report = trial.context.report
     rules = report["rules"]
     assert {rule: found["matched"] for rule, found in rules.items() if found["matched"]} == expected
@@ -70,6 +78,17 @@ def test_families_keep_their_function_with_fewer_operations(name: str) -> None:
     assert kept == [(block.heads, block.kv_heads, block.head_dim) for block in trial.anatomy.blocks]
     assert anatomy.joins == trial.anatomy.joins
     assert anatomy.totals["flops"] == trial.anatomy.totals["flops"]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scales_of_scores_go_into_queries(name: str) -> None:
+    fused(name, {"attention_scale": SCALED[name]}, ["attention_scale"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCALED_TOO)
+def test_scales_of_scores_go_into_queries_of_many_more(name: str) -> None:
+    fused(name, {"attention_scale": SCALED_TOO[name]}, ["attention_scale"])
 
 
 @pytest.mark.slow

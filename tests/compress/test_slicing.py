@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from sweeps import swept
 from torch import nn
 
 from calibrate.errors import UserError
@@ -43,7 +44,13 @@ def _no_gradients() -> Any:
         yield
 
 
-@pytest.mark.parametrize("name", WHOLE + PART)
+@pytest.mark.parametrize(
+    "name",
+    swept(
+        WHOLE + PART,
+        {"bert", "deberta_v2", "modernbert", "gpt2", "llama", "vit", "swin", "segformer", "timm_vit", "bart", "mobilevit"},
+    ),
+)
 def test_sliced_is_masked_and_replays(name: str) -> None:
     model, signature, example, found = units_of(name)
     units = [one for one in found if isinstance(one, Units)]

@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from families import build
+from sweeps import swept
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
@@ -52,7 +53,12 @@ def ran(step: TokenPass, name: str) -> tuple[nn.Module, Context]:
 
 
 @pytest.mark.parametrize("step", PASSES)
-@pytest.mark.parametrize("name", ["vit", "vit_eager", "deit", "clip_vision", "bert", "bert_eager", "distilbert", "sentence_bert"])
+@pytest.mark.parametrize(
+    "name",
+    swept(
+        ["vit", "vit_eager", "deit", "clip_vision", "bert", "bert_eager", "distilbert", "sentence_bert"], ["vit", "deit", "bert"]
+    ),
+)
 def test_families(name: str, step: str) -> None:
     """As many tokens as asked reach the last MLP, and a row alone gives what it gives among others; edits replay."""
     model, signature, example, anatomy = built(name)
@@ -180,18 +186,18 @@ def test_the_distillation_token_is_protected() -> None:
     ("name", "says"),
     [
         ("swin", "not rows of tokens|windows|hierarchy"),
-        ("timm_swin", "not rows of tokens"),
-        ("timm_pit", "a stage of a hierarchy"),
+        pytest.param("timm_swin", "not rows of tokens", marks=pytest.mark.slow),
+        pytest.param("timm_pit", "a stage of a hierarchy", marks=pytest.mark.slow),
         ("beit", "in another order|for each position"),
-        ("timm_eva", "in another order"),
-        ("t5_encoder", "in another order"),
+        pytest.param("timm_eva", "in another order", marks=pytest.mark.slow),
+        pytest.param("t5_encoder", "in another order", marks=pytest.mark.slow),
         ("modernbert", "rotary or relative positions"),
-        ("mpnet", "rotary or relative positions"),
+        pytest.param("mpnet", "rotary or relative positions", marks=pytest.mark.slow),
         ("albert", "runs 2 times"),
-        ("fnet", "no block with attention"),
+        pytest.param("fnet", "no block with attention", marks=pytest.mark.slow),
         ("torch_encoder", "cannot be observed"),
         ("llama", "rotary or relative positions"),
-        ("gpt2", "rotary or relative positions|see only those before"),
+        pytest.param("gpt2", "rotary or relative positions|see only those before", marks=pytest.mark.slow),
     ],
 )
 def test_models_that_need_every_position_are_refused(name: str, says: str) -> None:

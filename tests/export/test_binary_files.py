@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sweeps import swept
 from test_onnx_carried import made
 from torch import Tensor, nn
 
@@ -33,6 +34,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "two in groups with the mean": {"bases": 2, "group_size": 8, "shift": True},
 }
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+each_kind = pytest.mark.parametrize(
+    ("kind", "form"),
+    swept(
+        [(kind, form) for kind in ("text", "pixels") for form in FORMS.values()],
+        [*(("text", FORMS[name]) for name in FORMS), ("pixels", FORMS["one in groups"]), ("pixels", FORMS["two"])],
+    ),
+)
 
 
 def layer_of(module: nn.Linear | nn.Conv2d, form: dict[str, Any], activation: dict[str, Any] | None = None) -> Any:
@@ -85,8 +93,7 @@ def outputs(model: nn.Module, signature: Signature, batch: Batch) -> Tensor:
         return signature.call(model, batch)
 
 
-@each_form
-@pytest.mark.parametrize("kind", ["text", "pixels"])
+@each_kind
 def test_onnx_holds_the_bits_and_both_runtimes_give_the_same(kind: str, form: dict[str, Any], tmp_path: Path) -> None:
     model, signature, batch = binary(kind, form)
     exporter = OnnxExporter()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sweeps import swept
 from torch import Tensor, nn
 
 from calibrate.grid import Grid
@@ -167,9 +168,17 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dialect", ["onnxruntime", "portable"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["text", "pixels"])
+@pytest.mark.parametrize(
+    ("kind", "way", "dialect"),
+    swept(
+        [(kind, way, dialect) for kind in ("text", "pixels") for way in WAYS for dialect in ("onnxruntime", "portable")],
+        [
+            *(("text", way, "onnxruntime") for way in WAYS),
+            *(("pixels", way, "onnxruntime") for way in ("static", "dynamic 4")),
+            *(("text", way, "portable") for way in ("static", "static 4 stepped groups with zero points", "dynamic")),
+        ],
+    ),
+)
 def test_integer_kernels_equal_eager(kind: str, way: str, dialect: str, tmp_path: Path) -> None:
     """Integer products are exact in both, so only float rounding is left, and what it does to a value on the edge between
     two codes: one such flip is one step of a grid, hence 50 dB and not 100."""

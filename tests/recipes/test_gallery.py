@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from miniatures import save_hf, save_own_model, save_rows, save_timm
+from sweeps import swept
 
 from calibrate.errors import UserError
 from compress.recipe import read
@@ -44,16 +45,12 @@ MAY_CHANGE = (
 )
 
 SLOW = {
-    "what-pays",
-    "fewer-image-tokens",
-    "int8-vision",
-    "int8-weights-only",
-    "nvidia-text-encoder",
-    "image-features",
-    "modernbert-skip",
-    "portable-onnx",
-}
-"""Recipes whose passes and files other recipes have too."""
+    "what-pays", "fewer-image-tokens", "int8-vision", "int8-weights-only", "nvidia-text-encoder", "image-features",
+    "modernbert-skip", "portable-onnx", "dynamic-int8", "hard-attention", "drop-layers-then-int8", "max-drop", "gpt2-int8",
+    "nested-text-encoder", "one-bit-text-encoder", "fused-image-tokens", "narrow-text-encoder", "fuse-language-model",
+    "accuracy-driven",
+}  # fmt: skip
+"""Recipes whose passes and files other recipes, or tests of their own, have too."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +202,7 @@ def changed(before: Any, after: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case.recipe in SLOW else case for case in CASES], ids=str
+    "case", swept(CASES, [case for case in CASES if case.recipe not in SLOW and case.family != "siglip"]), ids=str
 )
 def test_it_runs_on_a_small_model_of_its_family(case: Case, rows: Path, tmp_path: Path) -> None:
     path = place(case, rows, tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from sweeps import swept
 from torch import Tensor, nn
 from trial import Trial, digits, rebuilt, tried
 
@@ -138,7 +139,7 @@ def test_padding_does_not_count_and_rows_are_as_many_as_named() -> None:
     assert [batch["x"].tolist() for batch in first_rows(batches, 2)] == [[0, 1]]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "swin", "distilbert"])
+@pytest.mark.parametrize("name", swept(["gpt2", "swin", "distilbert"], ["swin"]))
 def test_families_are_scored_as_they_are_without_the_part(name: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     from families import build

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from sweeps import swept
 from torch import nn
 from trial import digits, rebuilt, tried
 
@@ -126,7 +127,7 @@ def family(name: str) -> Any:
     return build(name)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama", "opt", "distilbert"])
+@pytest.mark.parametrize("name", swept(["bert", "vit", "gpt2", "llama", "opt", "distilbert"], ["bert", "vit", "llama"]))
 def test_families_lose_a_block_and_count_right(name: str) -> None:
     model, signature, example = family(name)
     trial = tried(DropLayers(blocks=[0]), model, signature, [example])

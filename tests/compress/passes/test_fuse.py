@@ -134,9 +134,13 @@ def test_keys_and_values_of_another_tensor_are_packed_without_the_queries() -> N
     ],
 )
 def test_the_scale_goes_into_the_queries_where_the_code_lets_it(model: nn.Module, reason: str | None) -> None:
-    found = told(fused(model, 5, 16), "attention_scale")
-    assert found["matched"] == (reason is None)
-    assert reason is None or reason in " ".join(found["left"].values())
+    if reason is None:
+        assert told(fused(model, 5, 16, rules=["attention_scale"]), "attention_scale")["matched"] == 1
+        assert "attention_scale" not in fused(model, 5, 16).context.report["rules"], "only where it is asked for"
+        return
+    with pytest.raises(UserError) as caught:
+        fused(model, 5, 16, rules=["attention_scale"])
+    assert reason in caught.value.hint
 
 
 class Convolutions(nn.Module):
