@@ -18,6 +18,7 @@ from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy
 from compress.layers import ChannelAffine, Identity
+from compress.rewrites.rule import folded_in
 from compress.surgery import Surgery
 
 __all__ = ["candidates", "merge", "readers"]
@@ -111,11 +112,9 @@ def _fold(model: nn.Module, chosen: Sequence[str], factor: Tensor, constant: Ten
     """Parameters are replaced, not written to: a copy of the model that shares them keeps its own."""
     for reader in chosen:
         module = model.get_submodule(reader)
-        weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
-        shifted = bias.detach().double() + weight.detach().double() @ constant.double()
-        module.bias = nn.Parameter(shifted.to(bias), requires_grad=bias.requires_grad)
-        scaled = weight.detach().double() * factor.double()
-        module.weight = nn.Parameter(scaled.to(weight), requires_grad=weight.requires_grad)
+        for name, tensor in folded_in(module, factor, constant).items():
+            old = module.get_parameter(name)
+            setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
 
 
 def _holds(model: nn.Module, path: str, call: Callable[[nn.Module, Batch], Tensor], row: Batch, chosen: list[str]) -> bool:

@@ -219,22 +219,22 @@ def folded_out(module: nn.Module, factor: Tensor, shift: Tensor | None) -> dict[
 
 
 def folded_in(module: Any, factor: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of a projection whose inputs [I] are multiplied by a factor and shifted: W (a x + s) + b."""
+    """The tensors of a projection whose inputs [I] are multiplied by a factor and shifted, in float64: W (a x + s) + b."""
     weight, bias = module.get_parameter("weight").detach(), module._parameters.get("bias")
-    factor = factor.to(weight)
-    shift = None if shift is None else shift.to(weight)
+    wide, factor = weight.double(), factor.to(weight.device, torch.float64)
+    shift = None if shift is None else shift.to(weight.device, torch.float64)
     if is_conv1d(module):
-        made, added = weight * factor[:, None], None if shift is None else shift @ weight
+        made, added = wide * factor[:, None], None if shift is None else shift @ wide
     elif weight.dim() == 2:
-        made, added = weight * factor, None if shift is None else weight @ shift
+        made, added = wide * factor, None if shift is None else wide @ shift
     else:
         groups, each = module.groups, weight.shape[0] // module.groups
         mine = torch.arange(groups, device=weight.device).repeat_interleave(each)
-        made = weight * factor.reshape(groups, -1)[mine][:, :, None, None]
-        added = None if shift is None else (weight.sum((2, 3)) * shift.reshape(groups, -1)[mine]).sum(1)
+        made = wide * factor.reshape(groups, -1)[mine][:, :, None, None]
+        added = None if shift is None else (wide.sum((2, 3)) * shift.reshape(groups, -1)[mine]).sum(1)
     if added is not None and bias is not None:
         added = added + bias.detach()
-    return {"weight": made} | ({} if added is None else {"bias": added})
+    return {"weight": made.to(weight)} | ({} if added is None else {"bias": added.to(weight)})
 
 
 def _compressed(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
     python tests/benchmarks/fusion.py                      # operators before and after, torch graph and ONNX file; 5 minutes
     python tests/benchmarks/fusion.py --speed              # times, one thread, interleaved; 3 minutes on a quiet machine
     python tests/benchmarks/fusion.py --speed --model deit-s --seconds 60
+    python tests/benchmarks/fusion.py --engines            # what TensorRT and Core ML make of it: kernels, operators, attentions
 
 ``--speed`` needs onnxscript, for ``torch.onnx.export``. It writes for sst2-minilm (batch 1 and 8, needs ``../shared``) and for a
 DeiT-S of random weights (batch 1) the file of ``torch.onnx.export``, the same with each two-operand Add as Sum, the file of this
@@ -36,6 +37,8 @@ FAMILIES = (
     "beit", "swin", "segformer", "cvt", "mobilevit", "mobilevitv2", "timm_levit", "timm_efficientformer", "timm_fastvit",
     "timm_mobilevit",
 )  # fmt: skip
+
+ENGINES = ("vit", "dinov2", "llama", "swin", "timm_levit", "timm_fastvit", "timm_mobilevit")
 
 
 def fused(model: torch.nn.Module, signature: Any, example: Any, rules: list[str] | None = None) -> tuple[torch.nn.Module, Any]:
@@ -142,12 +145,13 @@ def files(name: str, model: torch.nn.Module, signature: Any, example: Any, folde
     yield "  every Sum as Add", swapped(ours, "Sum", "Add")
     _, report = fused(model, signature, example)
     matching = [rule for rule, found in report["rules"].items() if found["matched"]]
-    singles: list[list[str] | None] = [[rule.name] for rule in RULES if rule.name in matching or rule.name == "layer_norm"]
+    named = {"layer_norm", "attention_scale"}  # not among the default rules
+    singles: list[list[str] | None] = [[rule.name] for rule in RULES if rule.name in {*matching, *named}]
     for rules in [*singles, None]:
         label = "fuse" if rules is None else f"  fuse: {rules[0]}"
         try:
             after, _ = fused(model, signature, example, rules)
-        except Exception as error:  # layer_norm where another reads the norm
+        except Exception as error:  # a rule that matches nothing here
             print(f"{name}: {label.strip()}: {str(error).splitlines()[0]}")
             continue
         yield label, written(after, signature, example, folder / label.strip().replace(": ", "-"))
@@ -177,6 +181,49 @@ def speed(names: list[str], seconds: float) -> None:
                     peak(model, signature, example, timed["this toolkit"].median_ms)
 
 
+def engines(names: list[str]) -> None:
+    """Kernels of the TensorRT engine (built, not run), operators of the Core ML program (iOS 18), before and after ``fuse``."""
+    sys.path.insert(0, str(ROOT / "tests" / "compress"))
+    from families import build
+
+    print(f"{'':20} TensorRT kernels      products      Core ML operators      attentions")
+    for name in names:
+        real = name == "sst2-minilm"
+        model, signature, example = subject(name)[:3] if real else build(name)
+        after, _ = fused(model, signature, example)
+        with tempfile.TemporaryDirectory() as folder:
+            pair = [_inside(m, signature, example, Path(folder) / str(i)) for i, m in enumerate((model, after))]
+        told = [f"{one} -> {two}" for one, two in zip(*pair, strict=True)]
+        print(f"{name:20} {told[0]:21} {told[1]:13} {told[2]:22} {told[3]}", flush=True)
+
+
+def _inside(model: torch.nn.Module, signature: Any, example: Any, folder: Path) -> tuple[Any, ...]:
+    """Kernels and matrix products of the engine; operators of the Core ML program and fused attentions among them."""
+    from export.engine_listing import read_listing
+    from export.graph import Traceable
+    from export.mil_package import Package
+    from export.to_coreml import CoreMLExporter
+    from export.to_tensorrt import TensorRTExporter
+
+    folder.mkdir()
+    source = Traceable(model.eval(), signature, example)
+    told: list[Any] = ["?", "?", "?", "?"]
+    try:
+        engine = TensorRTExporter().write(source, folder / "model.engine").path
+        listing = read_listing(engine.read_bytes())
+        if listing is not None:
+            told[:2] = listing.kernels, listing.fully_connected
+    except Exception as error:
+        print(f"TensorRT: {str(error).splitlines()[0][:100]}")
+    try:
+        package = CoreMLExporter(target="iOS18").write(source, folder / "model.mlpackage").path
+        kinds = Counter(op.kind for op in Package(package).ops)
+        told[2:] = kinds.total() - kinds["const"], kinds["scaled_dot_product_attention"]
+    except Exception as error:
+        print(f"Core ML: {str(error).splitlines()[0][:100]}")
+    return tuple(told)
+
+
 def peak(model: torch.nn.Module, signature: Any, example: Any, milliseconds: float) -> None:
     """What share of the core's float peak a time is."""
     from compress.anatomy import find
@@ -197,6 +244,7 @@ def peak(model: torch.nn.Module, signature: Any, example: Any, milliseconds: flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--engines", action="store_true")
     parser.add_argument("--seconds", type=float, default=25.0, help="for each model and batch size")
     parser.add_argument("--model", choices=["sst2-minilm", "deit-s"], help="one of them (default: both)")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
@@ -204,6 +252,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.speed:
         speed([given.model] if given.model else ["sst2-minilm", "deit-s"], given.seconds)
+    elif given.engines:
+        engines(["sst2-minilm", *(name for name in given.families if name in ENGINES)])
     else:
         count(given.families)
 
