@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from sweeps import swept
 from test_depth_families import deeper, generated
 from torch import nn
 
@@ -42,7 +43,7 @@ def four(name: str) -> tuple[nn.Module, Signature, Batch]:
 FAMILIES = ["bert", "vit", "gpt2", "llama", "qwen3", "gemma2", "swin", "timm_vit"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", swept(FAMILIES, ["bert", "llama"]))
 def test_what_is_not_trained_is_plain_dropping_exactly(name: str) -> None:
     model, signature, example = four(name)
     trial = tried(FuseLayers(count=1, epochs=0), model, signature, [example] * 3)
@@ -69,7 +70,7 @@ def judged(wanted: torch.Tensor, given: torch.Tensor, batch: Batch) -> float:
     return sqnr_db(wanted, given)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", swept(FAMILIES, ["gpt2", "swin"]))
 def test_families_learn_from_the_block_that_goes(name: str) -> None:
     model, signature, example = four(name)
     trial = tried(FuseLayers(count=1, **{**QUICK, "rate": 3e-3, "epochs": 6}), model, signature, [example] * 4)

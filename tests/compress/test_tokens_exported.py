@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
+from sweeps import swept
 from torch import nn
 
 from calibrate.fidelity import sqnr_db
@@ -45,14 +46,17 @@ def reduced(name: str, method: str) -> tuple[nn.Module, Signature, Batch, Tracea
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [
-        ("vit", "zero_tprune"),
-        ("vit", "merge"),
-        ("vit", "random"),
-        ("bert", "received"),
-        ("bert", "fuse"),
-        ("sentence_bert", "merge"),
-    ],
+    swept(
+        [
+            ("vit", "zero_tprune"),
+            ("vit", "merge"),
+            ("vit", "random"),
+            ("bert", "received"),
+            ("bert", "fuse"),
+            ("sentence_bert", "merge"),
+        ],
+        [("vit", "zero_tprune"), ("bert", "fuse")],
+    ),
 )
 def test_onnx_and_core_ml_files_choose_the_same_tokens(name: str, method: str, tmp_path: Path) -> None:
     import onnx

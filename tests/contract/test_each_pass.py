@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from pydantic import Field
+from sweeps import swept
 from torch import nn
 
 from calibrate.fidelity import agreement, sqnr_db
@@ -215,7 +216,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(
-    "where", ["pass 2 quantize", "worth of pass 2 quantize", pytest.param("write onnx", marks=pytest.mark.slow)]
+    "where", swept(["pass 2 quantize", "worth of pass 2 quantize", "write onnx"], ["worth of pass 2 quantize"])
 )
 def test_a_decision_that_was_made_is_not_made_again(
     where: str, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

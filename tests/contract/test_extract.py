@@ -74,6 +74,7 @@ def test_the_run_keeps_its_sorted_float_model(home: Path) -> None:
     assert found.model_sha256 == files["nested/model.safetensors"]["sha256"]
 
 
+@pytest.mark.slow
 def test_it_is_a_run_like_any_other(home: Path, told: Told) -> None:
     run = home / "runs/digits"
     code, out, _ = told("extract", run, "--width", "0.5", "--quiet")
@@ -96,6 +97,7 @@ def test_it_is_a_run_like_any_other(home: Path, told: Told) -> None:
     assert "all 50 evaluation rows" in out
 
 
+@pytest.mark.slow
 def test_the_saved_model_needs_the_sorted_one_no_more(home: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     report = compress.extract(home / "runs/digits", made, macs=0.6, repair=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from sweeps import swept
 
 from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature
@@ -51,7 +52,13 @@ def limit(model: Any, signature: Signature, batch: Batch, reference: torch.Tenso
     return min(80.0, sqnr(exact, reference) - 20.0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    swept(
+        NAMES,
+        {"bert", "deberta_v2", "modernbert", "gpt2", "gemma2", "vit", "swin", "mobilevitv2", "timm_levit_conv", "timm_maxvit"},
+    ),
+)
 def test_family(name: str, tmp_path: Path) -> None:
     model, signature, batch = built(name)
     exporter = OnnxExporter()

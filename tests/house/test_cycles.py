@@ -120,6 +120,7 @@ def imported_alone(names: list[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_each_module_can_be_the_first() -> None:
     names = [name for name in TEXTS if name.partition(".")[0] == "compress"]
     half = len(names) // 2
