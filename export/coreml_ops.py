@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from calibrate.bits import unpack_signs
@@ -21,7 +21,7 @@ from calibrate.errors import UserError
 from calibrate.grid import unpack
 from export.coreml_weights import BinaryWeight, Target, Weight
 
-__all__ = ["Carrier", "conversion", "decomposed", "finite"]
+__all__ = ["Carrier", "conversion", "decomposed", "finite", "fused_attention"]
 
 # Kept whole instead of decomposed: Core ML has the operation, or coremltools' converter of it gives a smaller program.
 _KEPT = [
@@ -53,6 +53,10 @@ _KEPT = [
     "mish",
 ]
 
+_ATTENTION = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+"""Names of what ``scaled_dot_product_attention`` takes after queries, keys and values."""
+_HIDDEN = -3e4
+"""Added to a score that is masked: float16 has room for two of them."""
 _MASK = 1e30
 """A constant beyond it means minus (or plus) infinity: no trained weight is that large."""
 
@@ -67,6 +71,43 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
             del table[op]
     decomposition: ExportedProgram = program.run_decompositions(table)
     return decomposition
+
+
+def fused_attention(program: ExportedProgram) -> ExportedProgram:
+    """Attention as the one operation that iOS 18 has for it: that one scales by 1/sqrt(D) itself, D channels a head, and is given
+    masks of numbers, since with masks of truth values a query that attends to nothing gets no number.
+
+    coremltools 9 writes any attention with a scale of its own as products and a softmax; transformers always states one.
+    """
+    aten, graph = torch.ops.aten, program.graph_module.graph
+    numbers: dict[fx.Node, fx.Node] = {}
+    for node in [node for node in graph.nodes if node.target is aten.scaled_dot_product_attention.default]:
+        options = dict(zip(_ATTENTION, node.args[3:], strict=False)) | node.kwargs
+        query, mask, scale = node.args[0], options.get("attn_mask"), options.pop("scale", None)
+        if options.get("enable_gqa"):
+            continue
+        with graph.inserting_before(node):
+            root = math.sqrt(query.meta["val"].shape[-1])
+            if scale is not None and not math.isclose(scale * root, 1, rel_tol=1e-6):
+                query = _added(graph, aten.mul.Tensor, query, scale * root)
+            if mask is not None and mask.meta["val"].dtype == torch.bool:
+                if mask not in numbers:
+                    seen = _added(graph, aten._to_copy.default, mask, dtype=torch.float32)
+                    numbers[mask] = _added(graph, aten.mul.Tensor, _added(graph, aten.rsub.Scalar, seen, 1.0), _HIDDEN)
+                options["attn_mask"] = numbers[mask]
+        # By position: coremltools reads is_causal nowhere else.
+        node.args = (query, *node.args[1:3], options.get("attn_mask"), 0.0, options.get("is_causal", False))
+        node.kwargs = {}
+    program.graph_module.recompile()
+    return program
+
+
+def _added(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node, with the value of the trace."""
+    node = graph.call_function(target, args, kwargs)
+    values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in args]
+    node.meta["val"] = target(*values, **kwargs)
+    return node
 
 
 def finite(program: ExportedProgram, half: bool) -> ExportedProgram:

@@ -23,7 +23,7 @@ from calibrate.errors import UserError
 from calibrate.signature import Batch, raw_path
 from export.contract import Artifact, Contents, Exporter, Forecast, Runner, Validation
 from export.coreml_contents import CODES, PARAMETERS, infinite, read_contents
-from export.coreml_ops import Carrier, conversion, decomposed, finite
+from export.coreml_ops import Carrier, conversion, decomposed, finite, fused_attention
 from export.coreml_weights import Target, binary_refusal, refusal
 from export.disk import readable, space
 from export.graph import Traceable, cast_layers, weight_only
@@ -63,6 +63,9 @@ class CoreMLExporter(Exporter):
         description="fixed: the example's sizes; a list of {tokens: 64}: those sizes, the first by default; "
         "{tokens: [1, 128]}: a range.",
     )
+    fused_attention: bool = Field(
+        True, description="Attention as one operation, which iOS 18 has; false: as products and a softmax, as for older systems."
+    )
 
     def missing(self) -> str | None:
         from importlib.util import find_spec
@@ -95,7 +98,7 @@ class CoreMLExporter(Exporter):
         self.check(source)
         stored = sum(tensor.nbytes for tensor in {id(t): t for t in source.model.state_dict().values()}.values())
         with quiet():
-            size = package_bytes(decomposed(self._traced(source)), self._floats(source.model) == "float16")
+            size = package_bytes(self._program(source), self._floats(source.model) == "float16")
         reason = f"its inputs are not quantized: the weight is made {self.precision} and multiplied so"
         return Forecast(size, _CONVERSION + int(1.3 * stored), dict.fromkeys(weight_only(source.model), reason))
 
@@ -145,7 +148,7 @@ class CoreMLExporter(Exporter):
 
     def _convert(self, ct: Any, source: Traceable, package: Path) -> tuple[Carrier, ExportedProgram]:
         with quiet():
-            program = finite(decomposed(self._traced(source)), self._floats(source.model) == "float16")
+            program = finite(self._program(source), self._floats(source.model) == "float16")
             signature = program.graph_signature
             carrier = Carrier(self.target, {**signature.inputs_to_buffers, **signature.inputs_to_parameters})
             pipeline = ct.PassPipeline.DEFAULT
@@ -175,6 +178,10 @@ class CoreMLExporter(Exporter):
     def _floats(self, model: nn.Module) -> str:
         """The type of floats that the model leaves to the exporter: float32 where its layers say themselves which are short."""
         return "float32" if cast_layers(model) else self.precision
+
+    def _program(self, source: Traceable) -> ExportedProgram:
+        program = decomposed(self._traced(source))
+        return fused_attention(program) if self.fused_attention and self.target == "iOS18" else program
 
     def _traced(self, source: Traceable) -> ExportedProgram:
         """The shared trace, copied on the surface; raises ``UserError`` where the model takes less than ``shapes`` allows."""
