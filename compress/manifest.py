@@ -23,7 +23,7 @@ __all__ = ["digest", "machine", "read", "read_json", "size_bytes", "versions", "
 
 _LIBRARIES = (
     "transformer-compress", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime", "openvino", "coremltools",
-    "tensorrt", "tensorrt_rtx", "transformers", "timm", "nncf", "safetensors", "pydantic",
+    "tensorrt", "tensorrt_rtx", "transformers", "timm", "nncf", "pot", "safetensors", "pydantic",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from calibrate.errors import MissingRuntime
 from compress.judgement import Judge
+from compress.passes.contract import Given
 from compress.sources import Source, load_model
 
 if TYPE_CHECKING:
@@ -27,9 +28,14 @@ def require_runtimes(recipe: Recipe) -> None:
 
 
 def model_of(recipe: Recipe, trust: bool) -> Source:
-    """The recipe's float model."""
+    """The recipe's float model; its passes are told what is known of it."""
     spec = recipe.model
-    return load_model(spec.source, base=recipe.base, trust=trust, task=spec.task, checkpoint=spec.checkpoint, seed=recipe.seed)
+    source = load_model(spec.source, base=recipe.base, trust=trust, task=spec.task, checkpoint=spec.checkpoint, seed=recipe.seed)
+    roles = {str(role): paths for role, paths in spec.roles.items()}
+    given = Given(trust, spec.task, roles, source.labels, source.tokenizer, source.preprocessing)
+    for step in recipe.passes:
+        step._given = given
+    return source
 
 
 def judge_of(

@@ -14,6 +14,7 @@ from compress.passes.drop_layers import DropLayers
 from compress.passes.extract_width import ExtractWidth
 from compress.passes.fuse import Fuse
 from compress.passes.fuse_layers import FuseLayers
+from compress.passes.fuse_models import FuseModels
 from compress.passes.fuse_tokens import FuseTokens
 from compress.passes.hash_attention import HashAttention
 from compress.passes.merge_tokens import MergeTokens
@@ -28,7 +29,7 @@ __all__ = ["PASSES", "Context", "Pass", "Target", "known_passes"]
 
 PASSES: tuple[type[Pass], ...] = (
     Quantize, Cast, DropLayers, PruneWidth, NestWidths, ExtractWidth, TopkAttention, HashAttention, FuseLayers,
-    Binarize, PruneTokens, MergeTokens, FuseTokens, ReplaceNorms, Fuse,
+    Binarize, PruneTokens, MergeTokens, FuseTokens, ReplaceNorms, Fuse, FuseModels,
 )  # fmt: skip
 """The passes of this package; others come through the entry-point group ``compress.passes``."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -21,10 +21,11 @@ from compress.surgery import Edit, Surgery
 
 if TYPE_CHECKING:
     from compress.anatomy import Anatomy
+    from compress.huggingface_folder import Tokenizer
     from compress.labelled import Validation
     from compress.width.nested import Nested
 
-__all__ = ["Context", "Latency", "Pass", "Target", "blank", "evaluating", "frozen", "unknown"]
+__all__ = ["Context", "Given", "Latency", "Pass", "Target", "blank", "evaluating", "frozen", "unknown"]
 
 _SMALL = 1 << 16
 """Numbers in a tensor that ``blank`` fills."""
@@ -37,6 +38,25 @@ class Target:
     path: str
     role: str
     action: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of the recipe's model besides its modules, for passes that read other models.
+
+    Attributes:
+        trust: whether Python files that the recipe names may be run.
+        task: as the recipe names it.
+        roles: module paths whose roles the recipe names, by role.
+        labels, tokenizer, preprocessing: as in ``compress.sources.Source``.
+    """
+
+    trust: bool = False
+    task: str = "auto"
+    roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    labels: Mapping[int, str] | None = None
+    tokenizer: Tokenizer | None = None
+    preprocessing: Mapping[str, Any] | None = None
 
 
 class Latency(Protocol):
@@ -112,12 +132,15 @@ class Pass(BaseModel, ABC):
     needs_calibration: ClassVar[bool] = False
     nests: ClassVar[bool] = False
     """Whether it sorts units by importance; the run then keeps the model that it leaves in the folder ``nested``."""
+    writes: ClassVar[bool] = False
+    """Whether it gives parameters other values and nothing else: no layer goes in or out, no shape changes."""
     begins: ClassVar[bool] = False
     """Whether it begins with a saved model, so that no pass can come before it."""
     fixes: ClassVar[tuple[str, ...]] = ()
     """Dimensions of the inputs, such as ``tokens``, that have to be fixed in the files of what it leaves."""
 
     _base: Path = PrivateAttr(Path())
+    _given: Given = PrivateAttr(Given())
 
     @property
     def chosen(self) -> set[str]:
@@ -165,6 +188,11 @@ class Pass(BaseModel, ABC):
     def base(self) -> Path:
         """The folder that paths in the options are relative to: that of the recipe."""
         return self._base
+
+    @property
+    def given(self) -> Given:
+        """What is known of the recipe's model besides its modules."""
+        return self._given
 
     @property
     def reads(self) -> list[Path]:

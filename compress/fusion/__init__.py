@@ -1,0 +1,1 @@
+"""Fusion of whole models: which units of one are which units of another, and one model of both."""
