@@ -59,16 +59,16 @@ def load(other: Other, model: nn.Module, anatomy: Anatomy, layout: Layout, base:
     if other.source.endswith(".safetensors"):
         found, fingerprint = _filled(model, base / other.source)
         check_finite(found, where)
-    else:
-        source = load_model(other.source, base=base, trust=given.trust, task=given.task, checkpoint=other.checkpoint)
-        found, fingerprint = source.model, source.fingerprint
-        if other.source.startswith("timm:") and other.checkpoint is None:
-            hint = "Write {source: timm:name, checkpoint: file.safetensors}."
-            raise UserError(where, "has random weights: no checkpoint was given", hint)
-        if source.signature.inputs != anatomy.traced[0].inputs:
-            what = f"takes {_shown(source.signature)}; the recipe's model {_shown(anatomy.traced[0])}"
-            raise UserError(where, what, "Fuse models that take the same inputs.")
-        _same_facts(where, source, given)
+        return Loaded(str(other), found, layout, fingerprint)
+    source = load_model(other.source, base=base, trust=given.trust, task=given.task, checkpoint=other.checkpoint)
+    found, fingerprint = source.model, source.fingerprint
+    if other.source.startswith("timm:") and other.checkpoint is None:
+        hint = "Write {source: timm:name, checkpoint: file.safetensors}."
+        raise UserError(where, "has random weights: no checkpoint was given", hint)
+    if source.signature.inputs != anatomy.traced[0].inputs:
+        what = f"takes {_shown(source.signature)}; the recipe's model {_shown(anatomy.traced[0])}"
+        raise UserError(where, what, "Fuse models that take the same inputs.")
+    _same_facts(where, source, given)
     _same_parameters(where, model, found)
     signature, example = anatomy.traced
     _runs(where, found, anatomy)

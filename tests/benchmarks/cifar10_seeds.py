@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,14 @@ def fit(model: Any, epochs: int, seed: int, rate: float = RATE, kept: Path | Non
     return model.eval()
 
 
-def make(folder: Path = CACHE, epochs: int = EPOCHS) -> dict[str, Path]:
+def make(folder: Path = CACHE, epochs: int = EPOCHS, names: Collection[str] = tuple(WIDTHS)) -> dict[str, Path]:
     """The folders of the models, trained where they are not there yet."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for name, width in WIDTHS.items():
+        if name not in names:
+            continue
         found[name] = folder / name
         if (found[name] / "config.json").exists():
             continue

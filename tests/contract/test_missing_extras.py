@@ -23,12 +23,15 @@ settle_torchvision()
 REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALLED = Path(torch.__file__).parents[1]
 EXTRAS = ["onnx", "onnx_ir", "onnxruntime", "openvino", "coremltools", "tensorrt", "tensorrt_rtx", "transformers", "timm"]
-EXTRAS += ["pyarrow", "pil", "pillow"]
+EXTRAS += ["pyarrow", "pil", "pillow", "ot"]
 DATA = "data: {format: embedded, calibration: {rows: 16}, evaluation: {rows: 0-15}}\n"
 
 
 def recipe(export: str = "onnx", model: str = "embedded:digits-vit", data: str = DATA) -> str:
     return f"model: {model}\n{data}passes: [quantize: {{}}]\nexport: [{export}]\nmeasure: {{repeats: 3, warmup: 0}}\n"
+
+
+FUSED = recipe().replace("quantize: {}", "fuse_models: {with: embedded:digits-vit}")
 
 
 def rows(kind: str) -> str:
@@ -52,6 +55,7 @@ CASES: dict[str, tuple[list[str], str, str, str]] = {
     "onnx for the builder": (["onnx"], recipe("tensorrt"), "export.tensorrt: onnx is not installed, which", "tensorrt-rtx"),
     "transformers": (["transformers"], recipe(model="hf:vit"), "1:8: model: transformers is not installed", "hf"),
     "timm": (["timm"], recipe(model="timm:test_vit"), "1:8: model: timm is not installed", "timm"),
+    "POT": (["ot"], FUSED, "3:10: fuse_models: POT is not installed", "fusion"),
     "pyarrow": (["pyarrow"], rows("parquet"), "2:7: data: pyarrow is not installed", "hf"),
     "PIL": (["pil", "pillow"], rows("images"), "1:8: model: PIL is not installed", "hf"),
 }  # fmt: skip

@@ -26,6 +26,7 @@ _IMAGES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 16,
     "patch_size": 4,
 }  # fmt: skip
+_THREE = {"id2label": {0: "cat", 1: "dog", 2: "owl"}}
 _SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,7 +47,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, **_SPECIAL_IDS},
     ),
     "llama": ("LlamaForCausalLM", {**_BERT, **_SPECIAL_IDS, "num_key_value_heads": 1}),
-    "vit": ("ViTForImageClassification", {**_IMAGES, "id2label": {0: "cat", 1: "dog", 2: "owl"}}),
+    "vit": ("ViTForImageClassification", {**_IMAGES, **_THREE}),
+    "wide vit": (
+        "ViTForImageClassification",
+        {**_IMAGES, **_THREE, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96},
+    ),
     "dinov2": ("Dinov2Model", {**_IMAGES, "mlp_ratio": 2}),
     "clip": ("CLIPVisionModel", _IMAGES),
     "siglip": ("SiglipVisionModel", _IMAGES),

@@ -31,6 +31,7 @@ for library, extra in (
     ("coremltools", "coreml"),
     ("tensorrt_rtx", "tensorrt-rtx"),
     ("nncf", "nncf"),
+    ("ot", "fusion"),
 ):
     pytest.importorskip(library, reason=f"needs the extra {extra}")
 
@@ -41,6 +42,7 @@ MAY_CHANGE = (
     "passes.*.binarize.count",  # of the few that a small model has
     "passes.*.quantize.rounding_steps",
     "passes.*.replace_norms.steps",
+    "passes.*.fuse_models.tune",
     *(f"passes.*.hash_attention.{option}" for option in ("anchors", "keep", "steps")),  # a small model has few tokens and blocks
 )
 
@@ -63,6 +65,7 @@ class Case:
         evaluate: whether the files are run; without, they are written and their integers read back.
         least_db, most_db: of every file against float.
         after: the recipe of which it needs a finished run.
+        beside: (family, folder) of other models that it names.
     """
 
     recipe: str
@@ -72,6 +75,7 @@ class Case:
     least_db: float = 18
     most_db: float = 90
     after: str = ""
+    beside: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.recipe}, {self.family}"
@@ -107,6 +111,14 @@ CASES = [
     # As far as few steps bring it.
     Case(
         "no-norms", "vit", (("rows: 20000", "rows: 64"), ("steps: 10000", "steps: 40"), ("rows: 1000", "rows: all")), least_db=0
+    ),
+    # Nothing in two random models is alike.
+    Case(
+        "fuse-wide-and-narrow",
+        "vit",
+        (("rows: 20000", "rows: 64"), ("tune: 2000", "tune: 4"), ("rows: 1000", "rows: all")),
+        least_db=-10,
+        beside=(("wide vit", "path/to/wide"),),
     ),
     # Random layers have no heads or neurons to spare.
     Case("narrow-text-encoder", "bert", least_db=0),
@@ -172,6 +184,8 @@ def place(case: Case, rows: Path, folder: Path, *more: tuple[str, str]) -> Path:
         save_timm(case.family.removeprefix("timm:"), folder / "path/to/model.safetensors")
     elif case.family:
         save_hf(case.family, folder / "path/to/model")
+    for family, name in case.beside:
+        save_hf(family, folder / name)
     text = (recipes_folder() / f"{case.recipe}.yaml").read_text()
     for old, new in (*case.changes, *more):
         assert old in text, old
