@@ -67,9 +67,11 @@ def _program(recipe: Recipe) -> list[Path]:
         root = sys.modules[kind.__module__.partition(".")[0]]
         folders = [Path(folder) for folder in getattr(root, "__path__", ())]
         files |= {file for folder in folders for file in folder.rglob("*.py")} or {Path(inspect.getfile(kind))}
-    own = recipe.model.source.rpartition(":")[0]
-    if own.endswith(".py"):
-        files |= _beside((recipe.base / Path(own).expanduser()).parent)
+    own = [recipe.base / Path(recipe.model.source.rpartition(":")[0]).expanduser()]
+    own += [file for step in recipe.passes for file in step.reads]
+    for file in own:
+        if file.suffix == ".py":
+            files |= _beside(file.parent)
     return sorted(files)
 
 

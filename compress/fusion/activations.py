@@ -54,7 +54,7 @@ class _Moments:
 
 @dataclass
 class Activations:
-    """What was gathered.
+    """What was gathered; it takes 8 bytes for each pair of units of one axis.
 
     Attributes:
         rows: that went through both models.

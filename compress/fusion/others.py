@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from calibrate.modes import evaluating
 from calibrate.signature import Signature
 from compress.anatomy import Anatomy, find
 from compress.fusion.axes import Layout, layout_of
-from compress.passes.contract import Given
 from compress.sections import FilePath, Section
 from compress.sources import check_finite, digest_tensors, load_model, read_weights
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Given
 
 __all__ = ["Loaded", "Other", "files_of", "load", "parameters_of"]
 

@@ -6,7 +6,7 @@ Distillation from an ensemble (Hinton et al. 2015, arXiv 1503.02531, sec. 1), fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from calibrate.signature import Batch
 from compress.depth.repair import parted
 from compress.distillation.progressive import Road, Travelled, travel
 from compress.distillation.training import LiveLesson
-from compress.passes.contract import Context
+
+if TYPE_CHECKING:
+    from compress.passes.contract import Context
 
 __all__ = ["tune"]
 

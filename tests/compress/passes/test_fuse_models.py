@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import build, randomize
 from fusing import doubled, parts, permuted, stored
 from pydantic import ValidationError
 from torch import nn
@@ -72,11 +72,19 @@ def _found_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def family(name: str) -> Subject:
     if name == "digits":
         return digits()
+    from families import build
+
     try:
         model, signature, example = build(name)
     except ImportError as error:
         pytest.skip(str(error))
     return model, signature, [example]
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    from families import randomize
+
+    randomize(model, seed)
 
 
 def fused(subject: Subject, folder: Path, *others: nn.Module, **options: Any) -> Trial:
@@ -381,6 +389,34 @@ def context(model: nn.Module, signature: Signature, rows: list[Batch], folder: P
     return Context(
         signature, parts(model, signature, rows)[0], lambda: iter(rows), Surgery(), seed=3, progress=progress, scratch=folder
     )
+
+
+def test_a_run_holds_all_it_needs_and_is_another_run_with_another_model(tmp_path: Path) -> None:
+    import compress
+    from compress.recipe import read
+    from compress.run import apply
+
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    other, path, out = tmp_path / "other.safetensors", tmp_path / "recipe.yaml", tmp_path / "out"
+    shutil.copy(_OTHER, other)
+    path.write_text(
+        "model: embedded:digits-vit\n"
+        "data: {format: embedded, calibration: {rows: 48}, evaluation: {rows: 0-15}}\n"
+        "passes: [fuse_models: {with: other.safetensors}]\nexport: [onnx]\n"
+    )
+    weights = []
+    for _ in range(2):
+        told = apply(read(path), out, evaluate=False)
+        assert told.steps[0].report["models"][0]["from"] == "other.safetensors"
+        weights.append((out / "model.safetensors").read_bytes())
+        stored(permuted(digits()[0], parts(*digits())[1], 5), other)
+    assert weights[0] != weights[1]
+    other.unlink()
+    model, signature, rows = digits()
+    loaded = compress.load(out)
+    with torch.inference_mode():
+        level = sqnr_db(signature.call(model, rows[0]), signature.call(loaded, rows[0]))
+    assert level > 90, "a permuted copy fused is the model"
 
 
 def test_distances_are_told_of_what_they_are(tmp_path: Path) -> None:
