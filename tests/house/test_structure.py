@@ -20,6 +20,7 @@ OPTIONAL = {
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
+    "ot",
     "openvino",
     "PIL",
     "pyarrow",
