@@ -55,7 +55,7 @@ CASES: dict[str, tuple[list[str], str, str, str]] = {
     "onnx for the builder": (["onnx"], recipe("tensorrt"), "export.tensorrt: onnx is not installed, which", "tensorrt-rtx"),
     "transformers": (["transformers"], recipe(model="hf:vit"), "1:8: model: transformers is not installed", "hf"),
     "timm": (["timm"], recipe(model="timm:test_vit"), "1:8: model: timm is not installed", "timm"),
-    "POT": (["ot"], FUSED, "3:10: fuse_models: POT is not installed", "fusion"),
+    "POT": (["ot"], FUSED, "3:23: fuse_models: POT is not installed", "fusion"),
     "pyarrow": (["pyarrow"], rows("parquet"), "2:7: data: pyarrow is not installed", "hf"),
     "PIL": (["pil", "pillow"], rows("images"), "1:8: model: PIL is not installed", "hf"),
 }  # fmt: skip
