@@ -40,10 +40,10 @@ class FuseModels(Pass):
     is matched one to one then leaves the other model's function alone. The paper's ways of joining plans at each residual
     connection are the other values of ``residual``.
 
-    Two models from different seeds lose accuracy when they are fused, less than when they are averaged as they are; the paper trains
-    the fused model for a short while, with labels. ``tune`` does that without them, on all calibration rows (thousands are
-    better): the fused model learns to give the mean of its parents' probabilities. The last fourth of the rows, 64 at most, is held out and says which
-    state is kept; an interrupted run goes on from the last hundred steps.
+    Two models from different seeds lose accuracy when they are fused, less than when they are averaged as they are; the
+    paper trains the fused model for a short while, with labels. ``tune`` does that without them, on all calibration rows
+    (thousands are better): the fused model learns to give the mean of its parents' probabilities. The last fourth of the rows,
+    64 at most, is held out and says which state is kept; an interrupted run goes on from the last hundred steps.
 
     Models that were fine-tuned from the same weights are matched already: ``transport: none`` averages them as they are.
 
