@@ -6,10 +6,10 @@
     python tests/benchmarks/fuse_models.py --labels STEPS  # training with labels on train rows, as in the paper
 
 Needs ``../shared/data/cifar10``. Trains the models first where ``--models FOLDER`` holds none (``cifar10_seeds.py``);
-``--without-wide`` leaves out the wide one. Models are matched on 200 train rows. The average that is not matched is trained in the
-same way, and with labels each parent too (controls). Accuracy is on all 5,000 dev rows, which nothing was chosen by; intervals are
-95 %: Wilson, and paired over rows against the better parent. What was measured is kept (``--keep FILE``) and not measured
-again. Exits with 1 where fusing loses to averaging, or the tuned fusion to the better parent.
+``--without-wide`` leaves out the wide one. Models are matched on 200 train rows. The average that is not matched is trained in
+the same way, and with labels each parent too (controls). Accuracy is on all 5,000 dev rows, which nothing was chosen by;
+intervals are 95 %: Wilson, and paired over rows against the better parent. What was measured is kept (``--keep FILE``) and not
+measured again. Exits with 1 where fusing loses to averaging, or the tuned fusion to the better parent.
 """
 
 from __future__ import annotations
