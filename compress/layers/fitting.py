@@ -21,7 +21,18 @@ from compress.algorithms.smoothing import Smoothing
 from compress.layers.conversion import QuantizedLayer, weight_of
 from compress.layers.quantized import QuantConv2d, QuantLinear
 
-__all__ = ["Seen", "column_energy", "finite", "fit_input", "pair_limit", "shift_bias", "shorten_bias", "store_weight"]
+__all__ = ["Searched", "Seen", "column_energy", "finite", "fit_input", "pair_limit", "shift_bias", "shorten_bias", "store_weight"]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Ranges that were searched by what they do to the model's outputs: of the input, and scales of the weight that meets it."""
+
+    low: float
+    high: float
+    scale: Tensor
+    zero_point: Tensor | None
+    gain_db: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Seen:
         leader: the site that received the same tensor before it.
         smoothed: None where the input is rounded as it is.
         folded: the module that makes the input and has the factors inside; None: the layer multiplies.
+        searched: ranges that hold in the place of those seen.
     """
 
     ranged: RangeObserver
@@ -39,6 +51,7 @@ class Seen:
     leader: str | None
     smoothed: Smoothing | None = None
     folded: str | None = None
+    searched: Searched | None = None
 
     @classmethod
     def of(cls, captured: Captured, path: str) -> Seen:
@@ -64,6 +77,13 @@ class Seen:
         factor = 1.0 if self.smoothed is None else self.smoothed.factor.square()
         return self.channels.mean_square * factor
 
+    def range(self, grid: Grid) -> tuple[float, float]:
+        """The range that was seen of what is rounded, as its observer gives it; with factors the extremes."""
+        if self.smoothed is None:
+            return self.ranged.range(grid)
+        factor = self.smoothed.factor
+        return float((self.channels.low * factor).amin()), float((self.channels.high * factor).amax())
+
     @property
     def nothing(self) -> bool:
         """Whether every value was 0."""
@@ -75,18 +95,19 @@ def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dic
     activation, smoothed = layer.activation, seen.smoothed
     assert activation is not None
     says: dict[str, Any] = {"seen": [seen.ranged.low, seen.ranged.high]}
+    low, high = seen.range(grid)
     if smoothed is None:
-        low, high = seen.ranged.range(grid)
         says |= {"method": method, "clipped_percent": finite(100 * seen.ranged.clipped(low, high))}
     else:
         if seen.factor is not None:
             assert activation.factor is not None
             activation.factor.copy_(seen.factor)
-        low = float((seen.channels.low * smoothed.factor).amin())
-        high = float((seen.channels.high * smoothed.factor).amax())
         says |= {"method": "minmax", "clipped_percent": 0.0, "smoothed": smoothed.strength, "gain_db": smoothed.gain_db}
         if seen.folded is not None:
             says["folded_into"] = seen.folded
+    if seen.searched is not None:
+        low, high = seen.searched.low, seen.searched.high
+        says |= {"method": method, "clipped_percent": None, "search_gain_db": finite(seen.searched.gain_db)}
     scale, zero_point = storable(grid, torch.tensor(low), torch.tensor(high))
     activation.scale.copy_(scale)
     if zero_point is not None:

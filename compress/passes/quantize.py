@@ -65,8 +65,8 @@ class Quantize(Pass):
     source: ClassVar[str] = (
         "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
         "Frantar et al. 2023, arXiv 2210.17323; Nagel et al. 2020, arXiv 2004.10568; Li et al. 2021, arXiv 2102.05426; Behdin et "
-        "al. 2023, arXiv 2309.01885; engine: nncf: Kozlov et al. 2020, arXiv 2002.08679; mixed: Hubara et al. 2020, arXiv "
-        "2006.10518"
+        "al. 2023, arXiv 2309.01885; Yuan et al. 2022, arXiv 2111.12293; Zhang et al. 2024, arXiv 2403.07134; "
+        "engine: nncf: Kozlov et al. 2020, arXiv 2002.08679; mixed: Hubara et al. 2020, arXiv 2006.10518"
     )
     needs_calibration: ClassVar[bool] = True
 
@@ -107,7 +107,14 @@ class Quantize(Pass):
         True,
         description="Static activations without zero point: TensorRT takes no other. Dynamic ones always have one.",
     )
-    range: RangeMethod = Field("mse", description="How calibration rows become the range of a static activation.")
+    range: RangeMethod | Literal["hessian"] = Field(
+        "mse",
+        description="How calibration rows become the range of a static activation. hessian: ranges of inputs and of the weights "
+        "that meet them are searched in turn, so that the outputs of layers change least where the model's outputs hang on them "
+        "(PTQ4ViT, arXiv 2111.12293, with gradients of random combinations of the outputs); mixed and max_drop score single "
+        "layers with mse.",
+    )
+    range_rows: PositiveInt = Field(64, description="With range: hessian: calibration rows that run with gradients.")
     percentile: float = Field(
         99.99, gt=50, le=100, description="Per cent of the values that the range holds, for range: percentile."
     )
@@ -173,6 +180,16 @@ class Quantize(Pass):
         "codes and biases of a block learn together to give what the float block gave, and keep what held-out rows confirm. "
         "All but nearest need at least as many positions in the rows as a layer has inputs.",
     )
+    embedding_rounding: Literal["nearest", "gptq"] = Field(
+        "nearest",
+        description="gptq: rows of tables of 4 or 2 bits so that the model's outputs change least, by GPTQ with their gradients "
+        "in the place of a layer's inputs.",
+    )
+    scale_rounds: NonNegativeInt = Field(
+        0,
+        description="Rounds in which the scales of linear layers are fitted to GPTQ's codes by least squares (COMQ, arXiv "
+        "2403.07134) and the codes to the scales: no output's error grows by them. Not with group_scales: multiples.",
+    )
     rounding_steps: PositiveInt = Field(
         200, le=100_000, description="Steps of descent: a layer's with rounding: adaround, a block's with reconstruct."
     )
@@ -205,6 +222,8 @@ class Quantize(Pass):
             raise ValueError("reduce_range says nothing where inputs are not rounded\nLeave it out.")
         if self.mixed is not None and not self.mixed.budgets and self.max_drop is None:
             raise ValueError("mixed has no budget\nAdd size_ratio, size_mb or loss_db to it, or max_drop beside it.")
+        if wrong := self._useless():
+            raise ValueError(wrong)
         if self.mixed is not None and self.mixed.budgets and self.max_drop is not None:
             raise ValueError("max_drop and a budget of mixed both say how far to go\nKeep one of them.")
         for option, bits in (("weights", self.weights), ("embeddings", self.embeddings)):
@@ -221,6 +240,20 @@ class Quantize(Pass):
         if wrong := nncf_refusal(self):
             raise ValueError(wrong)
         return self
+
+    def _useless(self) -> str | None:
+        """An option that would say nothing, and the way out."""
+        if self.range == "hessian" and self.activations != "static":
+            return "range: hessian searches the ranges of static activations\nUse activations: static, or leave it out."
+        if "range_rows" in self.chosen and self.range != "hessian":
+            return f"range_rows says nothing with range: {self.range}\nLeave it out, or use range: hessian."
+        if self.embedding_rounding == "gptq" and self.embeddings not in (4, 2):
+            return "embedding_rounding: gptq is for tables of 4 or 2 bits\nAdd embeddings: 4, or leave it out."
+        if self.scale_rounds and self.rounding not in ("gptq", "reconstruct"):
+            return f"scale_rounds says nothing with rounding: {self.rounding}\nLeave it out, or use rounding: gptq."
+        if self.scale_rounds and self.group_scales == "multiples":
+            return "scale_rounds: scales that are multiples of one step cannot be fitted one by one\nLeave it out."
+        return None
 
     @property
     def several(self) -> bool:
@@ -278,7 +311,8 @@ class Quantize(Pass):
 
     @property
     def calibrates(self) -> bool:
-        return self.chooses or self.activations == "static" or self.rounding != "nearest" or self.engine == "nncf"
+        rounds = {self.rounding, self.embedding_rounding} != {"nearest"}
+        return self.chooses or self.activations == "static" or rounds or self.engine == "nncf"
 
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         if self.max_drop is not None:

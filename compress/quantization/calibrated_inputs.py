@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from calibrate.capture import Captured, capture, shared_inputs
 from calibrate.errors import UserError
-from calibrate.ranges import Channels, Observer, range_observer
+from calibrate.ranges import Channels, Observer, RangeMethod, range_observer
 from calibrate.second_moment import SecondMoment
 from compress.algorithms.smoothing import Smoothing, balanced, smoothing
 from compress.distillation.walk import Walk
 from compress.layers.conversion import weight_of
 from compress.layers.fitting import Seen, column_energy
 from compress.quantization.folding import folds
+from compress.quantization.output_gradients import table_moment
 from compress.quantization.quantized_sites import Job, input_grid
 from compress.tied import Ties
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from compress.passes.contract import Context
     from compress.passes.quantize import Quantize
 
-__all__ = ["calibrated", "second_moments", "smoothed_inputs"]
+__all__ = ["calibrated", "second_moments", "smoothed_inputs", "table_moments"]
 
 _WORTH_DB, _WORTH_FOLDED_DB = 3.0, 0.5
 """What factors have to gain where the layer multiplies by them, and where they are folded into the layer before."""
@@ -112,6 +113,21 @@ def second_moments(step: Quantize, model: nn.Module, walk: Walk, stage: list[Job
     return moments
 
 
+def table_moments(step: Quantize, model: nn.Module, context: Context, jobs: list[Job], ties: Ties) -> dict[str, SecondMoment]:
+    """For the tables of few bits how the model's outputs hang on what they give; none with ``embedding_rounding: nearest``.
+
+    A table that a head is tied to is left out: what the head does with it is another matter.
+    """
+    if step.embedding_rounding == "nearest":
+        return {}
+    found = {}
+    for job in jobs:
+        if job.site.kind == "embedding" and job.grid.bits < 8 and not ties.holders[job.site.path]:
+            context.progress(0, len(jobs), f"gradients at {job.site.path}")
+            found[job.site.path] = table_moment(model, context.call, context.calibration(), job.site.path, seed=context.seed)
+    return found
+
+
 def _requests(step: Quantize, model: nn.Module, context: Context, jobs: list[Job]) -> dict[str, Sequence[Observer]]:
     """What is observed at each site; sites that read the same tensor get the same observers."""
     kinds = {job.site.path: job.site.kind for job in jobs}
@@ -121,7 +137,8 @@ def _requests(step: Quantize, model: nn.Module, context: Context, jobs: list[Job
     for path, kind in kinds.items():
         leader, columns = leaders.get(path, path), column_energy(model.get_submodule(path), kind)
         importance[leader] = importance[leader] + columns if leader in importance else columns
-    made = {leader: (range_observer(step.range, step.percentile, energy), Channels()) for leader, energy in importance.items()}
+    method: RangeMethod = "minmax" if step.range == "hessian" else step.range
+    made = {leader: (range_observer(method, step.percentile, energy), Channels()) for leader, energy in importance.items()}
     return {path: made[leaders.get(path, path)] for path in kinds}
 
 

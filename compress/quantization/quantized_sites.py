@@ -13,6 +13,7 @@ from calibrate.grid import Bits, Granularity, Grid
 from compress.anatomy import Anatomy, Site
 from compress.layers import is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer
+from compress.layers.quantized import ActivationGrid
 from compress.quantization.nncf_layers import require_nncf
 from compress.quantization.nncf_options import beyond_nncf
 from compress.quantization.site_options import SiteOptions, label, options_of, overridden
@@ -41,6 +42,7 @@ def plan_sites(step: Quantize, model: nn.Module, anatomy: Anatomy) -> tuple[list
     """
     if step.engine == "nncf":
         require_nncf()
+    _require_gradients(step, model)
     chosen = _chosen(step, anatomy)
     left = {site.path for site in anatomy.select(step.skip, step.name)} if step.skip else set()
     own = overridden(anatomy, step.overrides, chosen, step.name)
@@ -107,6 +109,20 @@ def action(step: Quantize, job: Job) -> str:
 def input_grid(step: Quantize) -> Grid:
     """The grid of static activations."""
     return Grid(step.activation_bits, step.activation_symmetric, "tensor")
+
+
+def _require_gradients(step: Quantize, model: nn.Module) -> None:
+    """Gradients do not pass a layer whose inputs are rounded."""
+    wants = {"range: hessian": step.range == "hessian", "embedding_rounding: gptq": step.embedding_rounding == "gptq"}
+    asked = next((name for name, wanted in wants.items() if wanted), None)
+    rounded = next((path for path, module in model.named_modules() if isinstance(module, ActivationGrid)), None)
+    if asked is not None and rounded is not None:
+        path = rounded.rpartition(".")[0]
+        raise UserError(
+            step.name,
+            f"{asked} needs gradients, which do not pass {path}: its inputs are rounded already",
+            "Put this pass before the one that rounds them, or leave the option out.",
+        )
 
 
 def _tied_heads(step: Quantize, model: nn.Module, anatomy: Anatomy, jobs: list[Job], left: set[str]) -> list[Job]:

@@ -16,13 +16,15 @@ from calibrate.grid import Grid
 from calibrate.second_moment import SecondMoment
 from compress.algorithms.adaround import adaround
 from compress.algorithms.gptq import NotPositiveDefinite, gptq, output_error, refined
-from compress.algorithms.pair_sums import roomier
+from compress.algorithms.pair_sums import PairLimit, roomier
 from compress.algorithms.rounding import codes_of, multiples, scales_of
+from compress.algorithms.scale_fitting import fitted_scales
 from compress.distillation.walk import Walk
 from compress.layers import QuantEmbedding
 from compress.layers.conversion import QuantizedLayer, weight_of
 from compress.layers.fitting import Seen, fit_input, pair_limit, shift_bias, shorten_bias, store_weight
-from compress.quantization.calibrated_inputs import calibrated, second_moments, smoothed_inputs
+from compress.quantization.calibrated_inputs import calibrated, second_moments, smoothed_inputs, table_moments
+from compress.quantization.hessian_ranges import searched_ranges
 from compress.quantization.quantized_sites import Job, input_grid, plan_sites, site_job, site_layer
 from compress.quantization.site_options import SiteOptions
 from compress.quantization.wanted import Wanted
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["round_sites", "site_layers"]
 
+_PART = 1 << 22
+"""Weights whose rounding is held in memory at a time."""
+
 
 def round_sites(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
     """Replaces the module at every site that ``step`` takes, block after block with GPTQ, and reports what was done.
@@ -44,12 +49,14 @@ def round_sites(step: Quantize, model: nn.Module, context: Context) -> nn.Module
     jobs, skipped = plan_sites(step, model, context.anatomy)
     captured = calibrated(step, model, context, jobs)
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
+    inputs = searched_ranges(step, model, context, jobs, inputs)
     ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
+    tables = table_moments(step, model, context, jobs, ties)
     report: dict[str, Any] = {}
     blocks: dict[str, Any] = {}
     wanted = Wanted(step, model, context)
     for stage, walk, later in _walked(step, model, context, jobs):
-        moments = second_moments(step, model, walk, stage, ties)
+        moments = tables | second_moments(step, model, walk, stage, ties)
         teacher = wanted.of(stage, walk, later)
         with torch.no_grad():
             for job in stage:
@@ -79,12 +86,15 @@ def site_layers(
 ) -> Iterator[tuple[str, list[QuantizedLayer]]]:
     """For one site after the other the layers that would stand there, one for each setting but float; none is put in.
 
-    They are made from what the float model gives. Factors of inputs are folded into ``model`` where they can be, which
-    changes its parameters but not its function.
+    They are made from what the float model gives, with ``range: mse`` in the place of ``hessian``, which knows no single sites,
+    and tables with their nearest codes. Factors of inputs are folded into ``model`` where they can be, which changes its
+    parameters but not its function.
 
     Args:
         settings: by path, of every site that ``plan_sites`` names.
     """
+    if step.range == "hessian":
+        step = step.model_copy(update={"range": "mse"})
     jobs, _ = plan_sites(step, model, context.anatomy)
     captured = calibrated(step, model, context, jobs)
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
@@ -173,10 +183,7 @@ def _round(
 ) -> dict[str, Any]:
     """Gives the layer its codes and says how."""
     grid = layer.quantized_weight.grid
-    how = step.weight_range or ("minmax" if grid.bits == 8 else "mse")
-    scale, zero_point = scales_of(weight, grid, how)
-    if step.group_scales == "multiples" and grid.granularity == "group" and not isinstance(layer, QuantEmbedding):
-        scale = multiples(scale, grid)
+    scale, zero_point = _scales(step, layer, weight, seen)
     nearest = codes_of(weight, grid, scale, zero_point)
     says: dict[str, Any] = {}
     pairs = step.reduce_range == "pairs"
@@ -186,14 +193,15 @@ def _round(
         scale = roomier(weight, grid, scale, limit)
         nearest = limit.project(codes_of(weight, grid, scale, zero_point))
     if moment is None:
-        return says | store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"}
+        shared = step.embedding_rounding == "gptq" and isinstance(layer, QuantEmbedding) and grid.bits < 8
+        because = {"because": "a head shares it"} if shared else {}
+        return says | store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"} | because
     hessian = moment.matrix if factor is None else moment.matrix * factor * factor.unsqueeze(1)
     try:
-        if step.rounding == "adaround":
-            codes = adaround(weight, hessian, grid, scale, zero_point, nearest, step.rounding_steps)
-            codes = codes if limit is None else limit.project(codes)
-        else:
-            codes = gptq(weight, hessian, grid, scale, zero_point, damping=step.damping, order=step.column_order, limit=limit)
+        parts = [
+            _by_output(step, part, hessian, grid, _part(scale, rows), _part(zero_point, rows), nearest[rows], limit)
+            for part, rows in _parts(weight, grid)
+        ]
     except NotPositiveDefinite as failure:
         if step.unfactorable == "stop":
             raise UserError(
@@ -203,15 +211,72 @@ def _round(
             ) from failure
         says |= store_weight(layer, weight, nearest, scale, zero_point)
         return says | {"rounding": "nearest", "because": str(failure)}
-    codes = refined(weight, codes, hessian, grid, scale, zero_point, step.refinements, limit)
+    codes, fitted = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     says["rounding"] = "adaround" if step.rounding == "adaround" else "gptq"
-    says["rounding_gain_db"] = _gain(weight, (nearest, codes), hessian, grid, scale, zero_point)
-    return says | store_weight(layer, weight, codes, scale, zero_point)
+    says["rounding_gain_db"] = _gain(weight, (nearest, codes), hessian, grid, (scale, fitted), zero_point)
+    return says | store_weight(layer, weight, codes, fitted, zero_point)
+
+
+def _scales(step: Quantize, layer: QuantizedLayer, weight: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor | None]:
+    grid = layer.quantized_weight.grid
+    if seen is not None and seen.searched is not None:
+        scale, zero_point = seen.searched.scale, seen.searched.zero_point
+    else:
+        scale, zero_point = scales_of(weight, grid, step.weight_range or ("minmax" if grid.bits == 8 else "mse"))
+    if step.group_scales == "multiples" and grid.granularity == "group" and not isinstance(layer, QuantEmbedding):
+        scale = multiples(scale, grid)
+    return scale, zero_point
+
+
+def _by_output(
+    step: Quantize,
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    nearest: Tensor,
+    limit: PairLimit | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes by what they do to the output, and their scales."""
+    if step.rounding == "adaround":
+        codes = adaround(weight, hessian, grid, scale, zero_point, nearest, step.rounding_steps)
+        codes = codes if limit is None else limit.project(codes)
+    else:
+        codes = gptq(weight, hessian, grid, scale, zero_point, damping=step.damping, order=step.column_order, limit=limit)
+    codes = refined(weight, codes, hessian, grid, scale, zero_point, step.refinements, limit)
+    for _ in range(step.scale_rounds):
+        scale = fitted_scales(weight, codes, hessian, grid, scale, zero_point)
+        codes = refined(weight, codes, hessian, grid, scale, zero_point, max(1, step.refinements), limit)
+    return codes, scale
+
+
+def _parts(weight: Tensor, grid: Grid) -> Iterator[tuple[Tensor, slice]]:
+    """Whole rows, which know nothing of each other: large tables are rounded in parts."""
+    size = len(weight) if grid.granularity == "tensor" else max(1, _PART // weight.shape[1])
+    for start in range(0, len(weight), size):
+        rows = slice(start, start + size)
+        yield weight[rows], rows
+
+
+def _part(parameter: Tensor | None, rows: slice) -> Any:
+    return parameter if parameter is None or len(parameter) == 1 else parameter[rows]
 
 
 def _gain(
-    weight: Tensor, given: tuple[Tensor, Tensor], hessian: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None
+    weight: Tensor,
+    given: tuple[Tensor, Tensor],
+    hessian: Tensor,
+    grid: Grid,
+    scales: tuple[Tensor, Tensor],
+    zero_point: Tensor | None,
 ) -> float:
-    """How many dB less the second codes cost the layer's output than the first."""
-    errors = [float(output_error(weight, grid.dequantize(codes, scale, zero_point), hessian).sum()) for codes in given]
+    """How many dB less the second codes cost the layer's output than the first, each with its scales."""
+    errors = [
+        sum(
+            float(output_error(part, grid.dequantize(codes[rows], _part(scale, rows), _part(zero_point, rows)), hessian).sum())
+            for part, rows in _parts(weight, grid)
+        )
+        for codes, scale in zip(given, scales, strict=True)
+    ]
     return 10 * math.log10(errors[0] / errors[1]) if min(errors) > 0 else 0.0

@@ -1,0 +1,145 @@
+"""How the model's outputs hang on what its layers give: gradients of random combinations of the outputs.
+
+Each output is multiplied by a random sign and all are added up; over the signs, the mean of the products of that sum's gradients
+is ``J^T J``, with J the derivative of the outputs (Hutchinson 1990). So the mean square of a gradient says what a small error
+there does to the squared error of the outputs. No labels are read, and the gradient does not vanish, as that of a divergence
+between the model and itself does. Shapes: B batch, N positions, C channels, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.capture import counted, split
+from calibrate.modes import modes_kept
+from calibrate.second_moment import SecondMoment
+from calibrate.signature import Batch
+
+__all__ = ["Felt", "felt", "table_moment"]
+
+Call = Callable[[nn.Module, Batch], Tensor]
+
+_PROBES = 2
+"""Random combinations of the outputs for each batch."""
+_TABLE_PROBES = 4
+_ROWS = 8
+"""Rows that run with gradients at a time."""
+
+
+@dataclass(frozen=True)
+class Felt:
+    """What a layer received at some positions, and the mean squared gradient at each output of it there.
+
+    Attributes:
+        inputs: [N, C], or [B, C, h, w] of a convolution.
+        slopes: [N, O], or [B, O, h, w].
+    """
+
+    inputs: Tensor
+    slopes: Tensor
+
+
+def felt(
+    model: nn.Module, call: Call, batches: Iterable[Batch], paths: Sequence[str], *, positions: int, seed: int = 0
+) -> dict[str, Felt]:
+    """For the modules at ``paths`` what they receive in their first call and how the outputs hang on what they give.
+
+    Only these modules and what runs after them are differentiated. Padded positions are left out; of a linear layer's about
+    ``positions`` are kept, drawn from all batches, the same for layers that read the same tensor; of a convolution's inputs
+    whole images.
+
+    Args:
+        batches: of rows that fit in memory together with the gradients of these modules.
+    """
+    pieces = list(split(batches, _ROWS))
+    share = 1 / max(len(pieces), 1)
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in paths}
+    for batch in pieces:
+        chosen: dict[int, Tensor] = {}
+        inputs, gradients = _probed(model, call, batch, paths, _PROBES, generator)
+        for path, given in inputs.items():
+            slopes = torch.stack([one[path] for one in gradients]).square().mean(0)
+            mask = counted(given, batch.get("attention_mask"))
+            if isinstance(model.get_submodule(path), nn.Conv2d):
+                images = max(1, round(positions * share / slopes[0, 0].numel()))
+                found[path].append((given[:images].clone(), slopes[:images].clone()))
+                continue
+            flat, flat_slopes = given.reshape(-1, given.shape[-1]), slopes.reshape(-1, slopes.shape[-1])
+            if mask is not None:
+                flat, flat_slopes = flat[mask.reshape(-1)], flat_slopes[mask.reshape(-1)]
+            if len(flat) not in chosen:
+                most = max(1, round(positions * share))
+                chosen[len(flat)] = torch.randperm(len(flat), generator=generator)[:most].sort().values
+            found[path].append((flat[chosen[len(flat)]].clone(), flat_slopes[chosen[len(flat)]].clone()))
+    return {path: Felt(torch.cat([one[0] for one in parts]), torch.cat([one[1] for one in parts]))
+            for path, parts in found.items() if parts}  # fmt: skip
+
+
+def table_moment(model: nn.Module, call: Call, batches: Iterable[Batch], path: str, *, seed: int = 0) -> SecondMoment:
+    """The mean [C, C] of ``J^T J`` at what an embedding gives, over the positions that count.
+
+    An error e in a row of the table changes the squared error of the outputs by about ``e^T H e`` wherever the row is read, so
+    that this stands for all of its rows as a layer's second moments do for the rows of its weight.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moment = SecondMoment()
+    for batch in split(batches, _ROWS):
+        _, gradients = _probed(model, call, batch, [path], _TABLE_PROBES, generator)
+        for one in gradients:
+            gradient = one[path]
+            mask = counted(gradient, batch.get("attention_mask"))
+            moment.update((gradient if mask is None else gradient[mask]).reshape(-1, gradient.shape[-1]))
+    return moment
+
+
+def _probed(
+    model: nn.Module, call: Call, batch: Batch, paths: Sequence[str], probes: int, generator: torch.Generator
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Inputs by path, and for each probe the gradient at the outputs."""
+    with modes_kept(model), torch.enable_grad(), _listening(model, paths) as heard:
+        model.eval()
+        outputs = call(model, batch)
+        found = []
+        ran = [path for path in paths if path in heard]
+        for _ in range(probes):
+            signs = (torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1).to(outputs)
+            added = [heard[path][1] for path in ran]
+            grown = torch.autograd.grad((outputs * signs).sum(), added, retain_graph=True, allow_unused=True)
+            found.append({path: torch.zeros_like(zero) if one is None else one.detach()
+                          for path, one, zero in zip(ran, grown, added, strict=True)})  # fmt: skip
+    return {path: heard[path][0] for path in ran}, found
+
+
+@contextmanager
+def _listening(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Adds a zero, which gradients are asked of, to what each module gives first; no parameter is differentiated."""
+    heard: dict[str, tuple[Tensor, Tensor]] = {}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def hook(path: str) -> Callable[..., Any]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if path in heard:
+                return None
+            zero = torch.zeros_like(output, requires_grad=True)
+            heard[path] = (args[0].detach(), zero)
+            return output + zero
+
+        return after
+
+    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield heard
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()

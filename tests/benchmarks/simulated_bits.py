@@ -1,0 +1,106 @@
+"""Weights and activations of 6 bits, which no runtime has: a simulation in torch. No file is written, none could be.
+
+    python tests/benchmarks/simulated_bits.py [cifar10 | sst2] [--bits 6 8] [--rows N] [--only WORD ...] [--out FILE]
+
+Needs ``../shared``. Codes of 6 bits lie in -32 to 31, one scale for each output channel of a weight and each activation; all
+projections inside the blocks are rounded, embeddings, head and the products of attention are not. Calibration rows are those of
+the benchmark's INT8 recipe; the recipe language knows no 6 bits. Accuracy, the points of it that are lost with their paired 95 %
+interval, agreement and SQNR on the evaluation rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from ablation import SHARED, SOURCES, Bench
+from torch import nn
+
+SMOOTH = {"smooth": "balanced", "smooth_below_db": 60}
+GPTQ = {"rounding": "gptq", "damping": 0.05}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "min-max": {"range": "minmax", "bias_correction": False, "smooth": False},
+    "squared error": {"range": "mse", "bias_correction": False, "smooth": False},
+    "gradients": {"range": "hessian", "bias_correction": False, "smooth": False},
+    "gradients, biases": {"range": "hessian", "smooth": False},
+    "factors, biases": {**SMOOTH, "range": "mse"},
+    "factors, gradients, biases": {**SMOOTH, "range": "hessian"},
+    "factors, biases, GPTQ": {**SMOOTH, **GPTQ, "range": "mse"},
+    "factors, gradients, biases, GPTQ": {**SMOOTH, **GPTQ, "range": "hessian"},
+}
+
+
+def simulated(bench: Bench, options: dict[str, Any], bits: int) -> nn.Module:
+    """The float model with weights and inputs on grids of so many bits; it is never exported."""
+    from compress.anatomy import find
+    from compress.passes.contract import Context
+    from compress.passes.quantize import Quantize
+    from compress.surgery import Surgery
+
+    model = copy.deepcopy(bench.source.model)
+    step = Quantize.model_validate({"activation_symmetric": False, "granularity": "channel", **options})
+    step = step.model_copy(update={"weights": bits, "activation_bits": bits})
+    anatomy = find(model, bench.source.signature, bench.data.example)
+    context = Context(bench.source.signature, anatomy, bench.data.calibration_batches, Surgery(), seed=bench.recipe.seed)
+    return step.run(model, context)
+
+
+def judged(bench: Bench, model: nn.Module) -> dict[str, Any]:
+    from calibrate.fidelity import agreement, sqnr_db
+
+    given = bench.outputs(model)
+    right, was = given.argmax(-1) == bench.labels, bench.wanted.argmax(-1) == bench.labels
+    lost = was.double() - right.double()
+    return {
+        "accuracy": float(right.float().mean()),
+        "points_lost": 100 * float(lost.mean()),
+        "half_interval": 196 * float(lost.std()) / len(lost) ** 0.5,
+        "agreement": agreement(bench.wanted, given),
+        "sqnr_db": sqnr_db(bench.wanted, given),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("cifar10", "sst2"), nargs="?", default="cifar10")
+    parser.add_argument("--bits", type=int, nargs="*", choices=(6, 8), default=[6])
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--only", nargs="*", default=[], help="variants with these names")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not SHARED.is_dir():
+        sys.exit("../shared is absent: the benchmark's models and data are not here")
+    torch.set_num_threads(1)
+    bench = Bench(SOURCES[options.task, 8], options.rows)
+    accuracy = float((bench.wanted.argmax(-1) == bench.labels).float().mean())
+    print(f"{options.task}, simulated, {len(bench.labels)} rows, float accuracy {accuracy:.4f}")
+    print(f"{'variant':36s} bits accuracy  points lost      agreement  SQNR dB  CPU s")
+    found: dict[str, Any] = {}
+    for bits in options.bits:
+        for name, changes in VARIANTS.items():
+            if options.only and name not in options.only:
+                continue
+            started = time.process_time()
+            model = simulated(bench, changes, bits)
+            seconds = time.process_time() - started
+            one = found[f"{name}, {bits} bits"] = judged(bench, model) | {"seconds": seconds}
+            print(
+                f"{name:36s} {bits:4d} {one['accuracy']:8.4f} {one['points_lost']:6.2f} +- {one['half_interval']:4.2f} "
+                f"{one['agreement']:12.4f} {one['sqnr_db']:8.1f} {one['seconds']:6.1f}",
+                flush=True,
+            )
+            if options.out:
+                options.out.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
