@@ -187,7 +187,7 @@ class Quantize(Pass):
     )
     scale_rounds: NonNegativeInt = Field(
         0,
-        description="Rounds in which the scales of linear layers are fitted to GPTQ's codes by least squares (COMQ, arXiv "
+        description="Rounds in which scales are fitted to GPTQ's codes by least squares (COMQ, arXiv "
         "2403.07134) and the codes to the scales: no output's error grows by them. Not with group_scales: multiples.",
     )
     rounding_steps: PositiveInt = Field(
@@ -251,6 +251,8 @@ class Quantize(Pass):
             return "embedding_rounding: gptq is for tables of 4 or 2 bits\nAdd embeddings: 4, or leave it out."
         if self.scale_rounds and self.rounding not in ("gptq", "reconstruct"):
             return f"scale_rounds says nothing with rounding: {self.rounding}\nLeave it out, or use rounding: gptq."
+        if self.scale_rounds and self.granularity == "tensor":
+            return "scale_rounds fits scales of channels or groups\nUse granularity: channel or group, or leave it out."
         if self.scale_rounds and self.group_scales == "multiples":
             return "scale_rounds: scales that are multiples of one step cannot be fitted one by one\nLeave it out."
         return None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.capture import counted, split
+from calibrate.errors import UserError
 from calibrate.modes import modes_kept
 from calibrate.second_moment import SecondMoment
 from calibrate.signature import Batch
@@ -50,12 +51,17 @@ def felt(
 ) -> dict[str, Felt]:
     """For the modules at ``paths`` what they receive in their first call and how the outputs hang on what they give.
 
+    A module that does not run is left out.
+
     Only these modules and what runs after them are differentiated. Padded positions are left out; of a linear layer's about
     ``positions`` are kept, drawn from all batches, the same for layers that read the same tensor; of a convolution's inputs
     whole images.
 
     Args:
-        batches: of rows that fit in memory together with the gradients of these modules.
+        batches: a few rows of them run at a time, forwards and backwards.
+
+    Raises:
+        UserError: no gradient reaches them.
     """
     pieces = list(split(batches, _ROWS))
     share = 1 / max(len(pieces), 1)
@@ -65,7 +71,8 @@ def felt(
         chosen: dict[int, Tensor] = {}
         inputs, gradients = _probed(model, call, batch, paths, _PROBES, generator)
         for path, given in inputs.items():
-            slopes = torch.stack([one[path] for one in gradients]).square().mean(0)
+            slopes = torch.stack([one[path] for one in gradients]).float().square().mean(0)
+            given = given.float()
             mask = counted(given, batch.get("attention_mask"))
             if isinstance(model.get_submodule(path), nn.Conv2d):
                 images = max(1, round(positions * share / slopes[0, 0].numel()))
@@ -106,6 +113,12 @@ def _probed(
     with modes_kept(model), torch.enable_grad(), _listening(model, paths) as heard:
         model.eval()
         outputs = call(model, batch)
+        if not outputs.requires_grad:
+            raise UserError(
+                "quantize",
+                f"no gradient of the outputs reaches {', '.join(paths)}",
+                "Leave out range: hessian and embedding_rounding: gptq.",
+            )
         found = []
         ran = [path for path in paths if path in heard]
         for _ in range(probes):
@@ -124,16 +137,17 @@ def _listening(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, tup
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def hook(path: str) -> Callable[..., Any]:
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if path in heard:
                 return None
             zero = torch.zeros_like(output, requires_grad=True)
-            heard[path] = (args[0].detach(), zero)
+            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            heard[path] = (given.detach(), zero)
             return output + zero
 
         return after
 
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in paths]
     try:
         for parameter in learning:
             parameter.requires_grad_(False)

@@ -197,9 +197,10 @@ def _round(
         because = {"because": "a head shares it"} if shared else {}
         return says | store_weight(layer, weight, nearest, scale, zero_point) | {"rounding": "nearest"} | because
     hessian = moment.matrix if factor is None else moment.matrix * factor * factor.unsqueeze(1)
+    how = "adaround" if step.rounding == "adaround" and not isinstance(layer, QuantEmbedding) else "gptq"
     try:
         parts = [
-            _by_output(step, part, hessian, grid, _part(scale, rows), _part(zero_point, rows), nearest[rows], limit)
+            _by_output(step, how, part, hessian, grid, (_part(scale, rows), _part(zero_point, rows)), nearest[rows], limit)
             for part, rows in _parts(weight, grid)
         ]
     except NotPositiveDefinite as failure:
@@ -212,7 +213,7 @@ def _round(
         says |= store_weight(layer, weight, nearest, scale, zero_point)
         return says | {"rounding": "nearest", "because": str(failure)}
     codes, fitted = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    says["rounding"] = "adaround" if step.rounding == "adaround" else "gptq"
+    says["rounding"] = how
     says["rounding_gain_db"] = _gain(weight, (nearest, codes), hessian, grid, (scale, fitted), zero_point)
     return says | store_weight(layer, weight, codes, fitted, zero_point)
 
@@ -230,16 +231,17 @@ def _scales(step: Quantize, layer: QuantizedLayer, weight: Tensor, seen: Seen | 
 
 def _by_output(
     step: Quantize,
+    how: str,
     weight: Tensor,
     hessian: Tensor,
     grid: Grid,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    parameters: tuple[Tensor, Tensor | None],
     nearest: Tensor,
     limit: PairLimit | None,
 ) -> tuple[Tensor, Tensor]:
     """Codes by what they do to the output, and their scales."""
-    if step.rounding == "adaround":
+    scale, zero_point = parameters
+    if how == "adaround":
         codes = adaround(weight, hessian, grid, scale, zero_point, nearest, step.rounding_steps)
         codes = codes if limit is None else limit.project(codes)
     else:

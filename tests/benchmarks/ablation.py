@@ -38,28 +38,36 @@ STEPS: dict[str, dict[str, Any]] = {
     "factors by descent": {"smooth": "balanced", "smooth_below_db": 60},
     "GPTQ": {"rounding": "gptq", "damping": 0.05},
     "pairs in 16 bits": {"reduce_range": "pairs"},
+    "ranges by gradients": {"range": "hessian"},
+    "table by outputs": {"embedding_rounding": "gptq"},
     "reconstruction": {"rounding": "reconstruct", "damping": 0.05, "batch_size": 16},
 }
 PLAIN: dict[str, Any] = {
     "activation_symmetric": True, "range": "minmax", "bias_correction": False, "smooth": False, "rounding": "nearest",
-    "reduce_range": False,
+    "reduce_range": False, "embedding_rounding": "nearest",
 }  # fmt: skip
 """Round to nearest with min-max ranges; group sizes, sites and embeddings are those of the recipe."""
 KEPT = ("weights", "group_size", "group_scales", "symmetric", "embeddings", "embedding_group_size", "sites", "skip")
 
 
-def variants() -> dict[str, dict[str, Any]]:
-    """Name -> options over ``PLAIN``."""
+WITHOUT: dict[str, dict[str, Any]] = {
+    "ranges by gradients": {"range": "mse"}, "reconstruction": {"rounding": "gptq", "damping": 0.05},
+}  # fmt: skip
+"""What stands in the place of a step that is left out, where that is not ``PLAIN``."""
+
+
+def variants(tables: bool) -> dict[str, dict[str, Any]]:
+    """Name -> options over ``PLAIN``; ``tables``: whether there are embedding tables of few bits."""
+    steps = {name: change for name, change in STEPS.items() if tables or name != "table by outputs"}
     found: dict[str, dict[str, Any]] = {"plain": {}}
-    found |= {f"only {name}": change for name, change in STEPS.items() if name != "ranges by error" or change}
+    found |= {f"only {name}": change for name, change in steps.items()}
     together: dict[str, Any] = {}
-    for name, change in STEPS.items():
+    for name, change in steps.items():
         together = together | change
         found[f"+ {name}"] = dict(together)
-    for name, change in STEPS.items():
-        found[f"all but {name}"] = {key: value for key, value in together.items() if key not in change} | (
-            {"rounding": "gptq", "damping": 0.05} if name == "reconstruction" else {}
-        )
+    for name, change in steps.items():
+        kept = {key: value for key, value in together.items() if key not in change}
+        found[f"all but {name}"] = kept | WITHOUT.get(name, {})
     return found
 
 
@@ -145,7 +153,7 @@ def main() -> None:
     print(f"{options.task}, {options.bits} bits, {len(bench.labels)} rows, float accuracy {accuracy:.4f}")
     print(f"{'variant':28s} accuracy agreement  SQNR dB  in torch     MB  CPU s")
     found: dict[str, Any] = {}
-    for name, changes in variants().items():
+    for name, changes in variants(tables=(options.task, options.bits) == ("sst2", 4)).items():
         if options.only and not name.startswith(tuple(options.only)):
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -116,6 +116,7 @@ def test_a_table_that_the_head_shares_keeps_its_nearest_codes() -> None:
         ({"embedding_rounding": "gptq"}, "embedding_rounding: gptq is for tables"),
         ({"embedding_rounding": "gptq", "embeddings": 8}, "embedding_rounding: gptq is for tables"),
         ({"scale_rounds": 1}, "scale_rounds says nothing"),
+        ({"scale_rounds": 1, "rounding": "gptq", "granularity": "tensor"}, "channels or groups"),
         ({"scale_rounds": 1, "rounding": "gptq", "weights": 4, "group_scales": "multiples"}, "multiples of one step"),
         ({"range": "hessian", "engine": "nncf"}, "NNCF has no hessian"),
     ],
@@ -132,3 +133,9 @@ def test_gradients_that_cannot_pass_are_refused_before_anything_runs() -> None:
     step = Quantize(range="hessian", sites=["blocks.0.*"])
     with pytest.raises(UserError, match=r"do not pass blocks\.3.*rounded already"):
         step.targets(begun, find(begun, signature, {name: tensor[:2] for name, tensor in rows[0].items()}))
+
+
+def test_rounding_tables_by_the_outputs_reads_rows() -> None:
+    options: dict[str, Any] = {"activations": "none", "embeddings": 4}
+    assert not Quantize(**options).calibrates
+    assert Quantize(**options, embedding_rounding="gptq").calibrates

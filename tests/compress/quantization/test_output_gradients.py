@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from calibrate.errors import UserError
 from calibrate.signature import Batch
 from compress.quantization.output_gradients import felt, table_moment
 
@@ -72,6 +73,18 @@ def test_what_is_felt_is_what_runs_and_padding_is_left_out(path: str) -> None:
     few = felt(model, call, [batch], [path], positions=30)[path]
     assert few.inputs.shape[0] == few.slopes.shape[0] == 30
     assert torch.equal(few.inputs, felt(model, call, [batch], [path], positions=30)[path].inputs)
+
+
+class Chooses(Reads):
+    """Gives the place of its largest number, which has no gradient."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(ids, mask).argmax(-1, keepdim=True).float()
+
+
+def test_outputs_without_a_gradient_are_refused() -> None:
+    with pytest.raises(UserError, match="no gradient of the outputs reaches layer"):
+        felt(Chooses(3), call, rows(), ["layer"], positions=8)
 
 
 def test_nothing_is_left_behind() -> None:
