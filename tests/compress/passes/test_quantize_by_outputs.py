@@ -139,3 +139,20 @@ def test_rounding_tables_by_the_outputs_reads_rows() -> None:
     options: dict[str, Any] = {"activations": "none", "embeddings": 4}
     assert not Quantize(**options).calibrates
     assert Quantize(**options, embedding_rounding="gptq").calibrates
+
+
+def test_six_bits_can_be_simulated_and_no_recipe_asks_for_them() -> None:
+    """As the benchmark of simulated bits does: between four and eight, and never more than 64 codes."""
+    step = Quantize(granularity="channel", smooth=False)
+    levels = {}
+    for bits in (4, 6, 8):
+        trial = tried(step.model_copy(update={"weights": bits, "activation_bits": bits}), *digits())
+        levels[bits] = trial.sqnr_db
+        layer = trial.after.get_submodule("blocks.0.mlp.fc1")
+        assert isinstance(layer, QuantLinear)
+        assert len(layer.quantized_weight.integers().unique()) <= 2**bits
+    assert levels[4] + 6 < levels[6] < levels[8] - 6
+    with pytest.raises(ValidationError):
+        Quantize.model_validate({"weights": 6})
+    with pytest.raises(ValidationError):
+        Quantize.model_validate({"activation_bits": 6})
