@@ -50,7 +50,8 @@ SLOW = {
     "what-pays", "fewer-image-tokens", "int8-vision", "int8-weights-only", "nvidia-text-encoder", "image-features",
     "modernbert-skip", "portable-onnx", "dynamic-int8", "hard-attention", "drop-layers-then-int8", "max-drop", "gpt2-int8",
     "nested-text-encoder", "one-bit-text-encoder", "fused-image-tokens", "narrow-text-encoder", "fuse-language-model",
-    "accuracy-driven", "drop-attention", "sentence-embeddings", "linear-attention", "float16", "mixed-bits", "fused-hybrid",
+    "accuracy-driven", "int4-text-encoder", "ranges-by-gradients", "drop-attention", "sentence-embeddings", "linear-attention",
+    "float16", "mixed-bits", "fused-hybrid",
 }  # fmt: skip
 """Recipes whose passes and files other recipes, or tests of their own, have too."""
 
