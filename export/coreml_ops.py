@@ -84,8 +84,8 @@ def fused_attention(program: ExportedProgram) -> ExportedProgram:
     for node in [node for node in graph.nodes if node.target is aten.scaled_dot_product_attention.default]:
         options = dict(zip(_ATTENTION, node.args[3:], strict=False)) | node.kwargs
         query, mask, scale = node.args[0], options.get("attn_mask"), options.pop("scale", None)
-        if options.get("enable_gqa"):
-            continue
+        if options.get("enable_gqa") or query.meta["val"].dtype != torch.float32:
+            continue  # coremltools widens products of 16-bit values, and the operation takes one type
         with graph.inserting_before(node):
             root = math.sqrt(query.meta["val"].shape[-1])
             if scale is not None and not math.isclose(scale * root, 1, rel_tol=1e-6):

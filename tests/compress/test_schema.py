@@ -13,7 +13,8 @@ from typing import Any, get_args
 
 import jsonschema
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from sweeps import swept
 
 from compress.anatomy import ROLES
@@ -259,13 +260,18 @@ def keys(schema: Any, path: tuple[str, ...] = (), part: Any = None) -> Iterator[
             yield from keys(schema, path, one["items"])
 
 
+def named(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The options by the names that a recipe gives them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
 def test_it_reaches_every_option_of_every_pass_and_exporter() -> None:
     schema = recipe_schema()
     for name, entry in known_passes().items():
-        for option in entry.model_fields:
+        for option in named(entry):
             assert alternatives(schema, ["passes", 0, name, option]), (name, option)
     for exporter in EXPORTERS:
-        for option in exporter.model_fields:
+        for option in named(exporter):
             assert alternatives(schema, ["export", 0, exporter.format, option]), (exporter, option)
 
 
@@ -274,7 +280,7 @@ def test_every_option_is_described() -> None:
     schema = recipe_schema()
     own = [Recipe, *(part for part in _parts(Recipe))]
     for model in [*own, *known_passes().values(), *EXPORTERS]:
-        for name, field in model.model_fields.items():
+        for name, field in named(model).items():
             assert field.description, f"{model.__name__}.{name}"
             assert allowed(model.model_json_schema(), [name]), f"{model.__name__}.{name}"
     assert schema["additionalProperties"] is False
@@ -321,10 +327,11 @@ def test_defaults_are_those_of_the_reader() -> None:
     models += [(["accept", "onnx"], Limits), (["model"], ModelSpec), (["measure"], Measure)]
     count = 0
     for path, model in models:
-        shown = next(one for one in alternatives(schema, path) if set(model.model_fields) <= set(one.get("properties", {})))
-        assert set(shown["properties"]) == set(model.model_fields)
-        assert set(shown.get("required", [])) == {name for name, field in model.model_fields.items() if field.is_required()}
-        for name, field in model.model_fields.items():
+        fields = named(model)
+        shown = next(one for one in alternatives(schema, path) if set(fields) <= set(one.get("properties", {})))
+        assert set(shown["properties"]) == set(fields)
+        assert set(shown.get("required", [])) == {name for name, field in fields.items() if field.is_required()}
+        for name, field in fields.items():
             default = None if field.is_required() else TypeAdapter(Any).dump_python(field.get_default(), mode="json")
             written = shown["properties"][name].get("default")
             if isinstance(default, dict) and isinstance(written, dict):

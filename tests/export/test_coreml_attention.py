@@ -97,3 +97,18 @@ def test_one_mask_is_made_for_all_attentions(tmp_path: Path) -> None:
     assert (kinds[FUSED], kinds["sub"]) == (2, 1)
     with torch.no_grad():
         assert sqnr_db(model(**rows()), runner(rows())) > 100
+
+
+def test_attention_of_16_bits_is_left_as_it_is(tmp_path: Path) -> None:
+    class Short(Attention):
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            short = x.half()
+            mixed = F.scaled_dot_product_attention(short, short * 0.5, short, scale=0.3)
+            made: Tensor = self.out(mixed.float() + keep[:, None, :, None])
+            return made
+
+    model = Short()
+    kinds, runner = written(model, tmp_path)
+    assert (kinds[FUSED], kinds["softmax"]) == (0, 1)
+    with torch.no_grad():
+        assert sqnr_db(model(**rows()), runner(rows())) > 50
