@@ -69,9 +69,19 @@ def operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)
 
 
-def count(names: list[str]) -> None:
-    sys.path.insert(0, str(ROOT / "tests" / "compress"))
+def families() -> Any:
+    """``build`` of the tests' small models; timm can be imported after the tests' conftest."""
+    import compress  # noqa: F401  before tests/, which holds a folder of that name
+
+    sys.path[:0] = [str(ROOT / "tests" / "compress"), str(ROOT / "tests")]
+    import conftest  # noqa: F401
     from families import build
+
+    return build
+
+
+def count(names: list[str]) -> None:
+    build = families()
 
     print("family                 torch graph     ONNX nodes   fewer                         more")
     for name in names:
@@ -183,8 +193,7 @@ def speed(names: list[str], seconds: float) -> None:
 
 def engines(names: list[str]) -> None:
     """Kernels of the TensorRT engine (built, not run), operators of the Core ML program (iOS 18), before and after ``fuse``."""
-    sys.path.insert(0, str(ROOT / "tests" / "compress"))
-    from families import build
+    build = families()
 
     print(f"{'':20} TensorRT kernels      products      Core ML operators      attentions")
     for name in names:
