@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import os
 import sys
 import tempfile
@@ -118,7 +117,7 @@ def files(runs: list[Path]) -> None:
 def curve(path: Path, counts: list[int], settings: list[str], steps: int, rows: int, batch: int) -> None:
     """The metric of the torch model, whose integers the files hold, for each setting and number of binarized layers: those that
     lose least alone first."""
-    from drop_layers import short
+    from drop_layers import short, spread
 
     from calibrate.fidelity import sqnr_db
     from calibrate.metrics import metric, paired_drop
@@ -134,10 +133,10 @@ def curve(path: Path, counts: list[int], settings: list[str], steps: int, rows: 
     recipe = read(path)
     source = model_of(recipe, False)
     data = load_data(recipe, source)
-    judged = data.evaluation
-    assert judged is not None
+    assert data.evaluation is not None
+    judged = spread(data.evaluation, rows)
     assert judged.labels is not None
-    batches, labels = short(list(itertools.islice(judged.batches(1), rows)), judged.labels[:rows])
+    batches, labels = short(list(judged.batches(1)), judged.labels)
     accuracy = metric("accuracy")
 
     def outputs(model: nn.Module) -> Tensor:
@@ -182,7 +181,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=[])
     parser.add_argument("--steps", type=int, default=100, help="of the repair")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
-    parser.add_argument("--rows", type=int, default=2000, help="evaluation rows, the first so many")
+    parser.add_argument("--rows", type=int, default=2000, help="evaluation rows, evenly spread")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.speed or not (given.files or given.curve):

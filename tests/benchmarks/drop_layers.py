@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor, nn
 
+from calibrate.data import Rows
 from calibrate.metrics import metric, paired_drop
 from calibrate.signature import Batch
 from compress.anatomy import find
@@ -53,7 +54,7 @@ class Bench:
     rows: int
     name: str
     most: int | None = None
-    """Evaluation rows, the first so many; None: all."""
+    """Evaluation rows, so many of them evenly spread; None: all."""
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
@@ -62,10 +63,10 @@ class Bench:
         data = load_data(recipe, self.source)
         self.example = data.example
         self.calibration = list(first(data.calibration_batches(), self.rows))
-        judged = data.evaluation
-        assert judged is not None
+        assert data.evaluation is not None
+        judged = spread(data.evaluation, self.most)
         assert judged.labels is not None
-        self.batches, self.labels = short(list(itertools.islice(judged.batches(1), self.most)), judged.labels[: self.most])
+        self.batches, self.labels = short(list(judged.batches(1)), judged.labels)
         self.float = self.outputs(self.source.model)
 
     def outputs(self, model: nn.Module) -> Tensor:
@@ -115,6 +116,15 @@ def first(batches: Any, rows: int) -> Iterator[Batch]:
             return
         yield {name: tensor[:rows] for name, tensor in batch.items()}
         rows -= len(next(iter(batch.values())))
+
+
+def spread(rows: Rows, most: int | None) -> Rows:
+    """So many rows, evenly spread: a file may be sorted by class."""
+    if most is None or most >= len(rows):
+        return rows
+    kept = [number * len(rows) // most for number in range(most)]
+    labels = None if rows.labels is None else rows.labels[kept]
+    return Rows(rows.table, rows.encoder, [rows.indices[number] for number in kept], labels, f"{most}, evenly spread")
 
 
 def short(rows: list[Batch], labels: Tensor, step: int = 16) -> tuple[list[Batch], Tensor]:

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--model", choices=["cifar10", "sst2"], default="cifar10")
     parser.add_argument("--options", default="[]", help="a JSON list of options of the pass, instead of the usual ones")
-    parser.add_argument("--rows", type=int, help="evaluation rows, the first so many; by default all")
+    parser.add_argument("--rows", type=int, help="evaluation rows, evenly spread; by default all")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.speed or not given.quality:
