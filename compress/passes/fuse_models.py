@@ -42,8 +42,9 @@ class FuseModels(Pass):
 
     Two models from different seeds lose accuracy when they are fused, less than when they are averaged as they are; the
     paper trains the fused model for a short while, with labels. ``tune`` does that without them, on all calibration rows
-    (thousands are better): the fused model learns to give the mean of its parents' probabilities. The last fourth of the rows,
-    64 at most, is held out and says which state is kept; an interrupted run goes on from the last hundred steps.
+    (thousands are better): the fused model learns to give the mean of its parents' probabilities (of their outputs, for one
+    number or several labels at once). The last fourth of the rows, 64 at most, is held out and says which state is kept; an
+    interrupted run goes on from the last hundred steps.
 
     Models that were fine-tuned from the same weights are matched already: ``transport: none`` averages them as they are.
 

@@ -9,6 +9,7 @@ import itertools
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ from calibrate.signature import Batch, Signature
 from compress.algorithms.transport import Solver, averaged, head_plans, spread
 from compress.anatomy import Anatomy, find
 from compress.distillation.progressive import Road
+from compress.distillation.training import OUTPUT
 from compress.fusion.others import parameters_of
+from compress.fusion.tuning import tune
 from compress.passes.contract import Context, Given
 from compress.passes.fuse_models import FuseModels
 from compress.passes.quantize import Quantize
@@ -373,6 +376,27 @@ def test_training_brings_it_nearer_to_its_parents_and_goes_on_where_it_stopped(
     assert first["loss"] < 0.5 * first["loss_start"]
     assert (first["resumed_at"], second["resumed_at"]) == (0, 12)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["classes", "one number", "several labels"])
+def test_only_scores_of_classes_are_averaged_as_probabilities(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, signature, rows = digits()
+    if kind == "one number":  # its softmax is 1 whatever it is
+        model.head = nn.Linear(model.head.in_features, 1)
+    if kind == "several labels":
+        model.config = SimpleNamespace(problem_type="multi_label_classification")
+    other, lessons = copy.deepcopy(model), []
+    with torch.no_grad():
+        other.head.weight.mul_(-2)
+    monkeypatch.setattr("compress.fusion.tuning.travel", lambda model, call, lesson, *rest: lessons.append(lesson))
+    tune(model, [model, other], [0.5, 0.5], context(model, signature, rows, Path(), None), 1, 16, 1e-3)
+    (lesson,) = lessons
+    given = [signature.call(one, lesson.held[0]).detach() for one in (model, other)]
+    assert (lesson.output == "logits") == (kind == "classes")
+    plain, mixed = torch.stack(given).mean(0), torch.stack(given).softmax(-1).mean(0).log()
+    wanted = lesson.wanted[1][0][OUTPUT].tensor.float()
+    assert (sqnr_db(plain, wanted) > 60) == (kind != "classes")
+    assert (sqnr_db(mixed, wanted) > 60) == (kind == "classes")
 
 
 def context(model: nn.Module, signature: Signature, rows: list[Batch], folder: Path, cut: int | None) -> Context:
