@@ -38,6 +38,7 @@ def identity(recipe: Recipe, source: Source, data: Data, out: Path, *, evaluate:
         "the validation rows": [data.validation.fingerprint if data.validation else "none"],
         "the evaluation rows": [data.evaluation.fingerprint if data.evaluation else "none"],
         "the files that passes read": [manifest.digest(file) for step in recipe.passes for file in step.reads if file.is_file()],
+        "the other models": [digest for step in recipe.passes for digest in step.fingerprints],
         "the program": [_digest(_program(recipe))],
         "the installed libraries": [json.dumps(manifest.versions(), sort_keys=True), platform.python_version()],
         "the processor": [processor_name(), platform.machine()],

@@ -59,7 +59,7 @@ def load(other: Other, model: nn.Module, anatomy: Anatomy, layout: Layout, base:
     """
     where = f"{where}: {other}"
     if other.source.endswith(".safetensors"):
-        found, fingerprint = _filled(model, base / other.source)
+        found, fingerprint = _filled(model, base / Path(other.source).expanduser())
         check_finite(found, where)
         return Loaded(str(other), found, layout, fingerprint)
     source = load_model(other.source, base=base, trust=given.trust, task=given.task, checkpoint=other.checkpoint)
@@ -87,7 +87,7 @@ def files_of(other: Other, base: Path) -> list[Path]:
     """The files that another model is read from."""
     kind, _, rest = other.source.partition(":")
     if other.source.endswith(".safetensors"):
-        return [base / other.source]
+        return [base / Path(other.source).expanduser()]
     if kind == "hf":
         from compress.huggingface_folder import find_folder
 
@@ -95,7 +95,7 @@ def files_of(other: Other, base: Path) -> list[Path]:
         return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".txt", ".model"))
     if kind == "timm":
         return [] if other.checkpoint is None else [base / other.checkpoint]
-    return [] if kind == "embedded" else [base / other.source.rpartition(":")[0]]
+    return [] if kind == "embedded" else [base / Path(other.source.rpartition(":")[0]).expanduser()]
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

@@ -200,6 +200,11 @@ class Pass(BaseModel, ABC):
         return []
 
     @property
+    def fingerprints(self) -> list[str]:
+        """Of the models that the options name, as ``targets`` last loaded them: they too have to be the same."""
+        return []
+
+    @property
     def validates(self) -> bool:
         """Whether these options make the pass choose by validation rows; the recipe then has to name some."""
         return False

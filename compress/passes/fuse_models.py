@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
@@ -81,6 +81,8 @@ class FuseModels(Pass):
     tune_rows: PositiveInt = Field(32, description="Calibration rows in one step of training.")
     tune_rate: PositiveFloat = Field(5e-4, description="The largest learning rate of the training, of Adam.")
 
+    _fingerprints: list[str] = PrivateAttr(default_factory=list)
+
     @model_validator(mode="after")
     def _whole(self) -> FuseModels:
         if not self.models:
@@ -110,6 +112,10 @@ class FuseModels(Pass):
     @property
     def reads(self) -> list[Path]:
         return [file for one in self.models for file in files_of(one, self.base)]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return self._fingerprints
 
     @property
     def assumes(self) -> str:
@@ -163,6 +169,7 @@ class FuseModels(Pass):
             raise UserError(self.name, "POT is not installed", "pip install 'transformer-compress[fusion]'")
         layout = layout_of(model, anatomy, self.name)
         loaded = [load(one, model, anatomy, layout, self.base, self.given, self.name) for one in self.models]
+        self._fingerprints = [one.fingerprint for one in loaded]
         for one in loaded:
             if self.transport == "none" and one.layout.axes != layout.axes:
                 what = f"{one.name} is of another width or has other heads, and transport: none averages weights as they are"

@@ -29,9 +29,11 @@ from compress.distillation.progressive import Road
 from compress.distillation.training import OUTPUT
 from compress.fusion.others import parameters_of
 from compress.fusion.tuning import tune
+from compress.identity import differences, identity
 from compress.passes.contract import Context, Given
 from compress.passes.fuse_models import FuseModels
 from compress.passes.quantize import Quantize
+from compress.recipe import read
 from compress.surgery import Surgery
 
 pytest.importorskip("ot", reason="needs the extra fusion")
@@ -435,6 +437,38 @@ def test_a_run_holds_all_it_needs_and_is_another_run_with_another_model(tmp_path
     with torch.inference_mode():
         level = sqnr_db(signature.call(model, rows[0]), signature.call(loaded, rows[0]))
     assert level > 90, "a permuted copy fused is the model"
+
+
+def test_weights_that_no_file_of_the_recipe_holds_are_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of the user's reads them from wherever it likes."""
+    model, signature, rows = digits()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(_OTHER, tmp_path / "hidden.safetensors")
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom safetensors.torch import load_file\nfrom compress.embedded import digits_model\n"
+        "def make():\n    model = digits_model()\n"
+        f"    model.load_state_dict(load_file('{tmp_path}/hidden.safetensors'), strict=False)\n"
+        "    return model, torch.zeros(2, 1, 8, 8)\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        "model: embedded:digits-vit\ndata: {format: embedded, calibration: {rows: 48}, evaluation: {rows: 0-15}}\n"
+        "passes: [fuse_models: {with: ~/mine.py:make, transport: none}]\nexport: [onnx]\n"
+    )
+    recipe = read(tmp_path / "recipe.yaml")
+    (step,) = recipe.passes
+    rows_of = SimpleNamespace(calibration=SimpleNamespace(fingerprint="rows"), validation=None, evaluation=None)
+    step._given = Given(trust=True)
+    assert step.reads == [tmp_path / "mine.py"]
+    assert FuseModels(others="~/hidden.safetensors").reads == [tmp_path / "hidden.safetensors"]
+    anatomy, layout = parts(model, signature, rows)
+    found = []
+    for seed in (None, None, 5):
+        if seed is not None:
+            stored(permuted(model, layout, seed), tmp_path / "hidden.safetensors")
+        step.targets(model, anatomy)
+        found.append(identity(recipe, SimpleNamespace(fingerprint="model"), rows_of, tmp_path, evaluate=False))  # type: ignore[arg-type]
+    assert differences(found[0], found[1]) == []
+    assert differences(found[0], found[2]) == ["the other models"]
 
 
 def test_distances_are_told_of_what_they_are(tmp_path: Path) -> None:
