@@ -90,7 +90,23 @@ class FuseModels(Pass):
         if self.metric == "weights" and self.residual.startswith("weighted"):
             what = f"residual: {self.residual} weighs activations, and metric is weights"
             raise ValueError(f"{what}\nTake residual: mean or shared.")
+        if wrong := self._useless():
+            raise ValueError(wrong)
         return self
+
+    def _useless(self) -> str | None:
+        """An option that would say nothing, and the way out."""
+        for option in ("metric", "residual", "samples"):
+            if option in self.chosen and self.transport == "none":
+                return f"{option} says nothing with transport: none\nLeave it out, or use transport: emd."
+        if "samples" in self.chosen and self.metric == "weights":
+            return "samples says nothing with metric: weights\nLeave it out, or use metric: activations."
+        if "regularization" in self.chosen and self.transport != "sinkhorn":
+            return f"regularization says nothing with transport: {self.transport}\nLeave it out, or use transport: sinkhorn."
+        for option in ("tune_rows", "tune_rate"):
+            if option in self.chosen and not self.tune:
+                return f"{option} says nothing without training\nLeave it out, or add tune: 1000."
+        return None
 
     @property
     def models(self) -> tuple[Other, ...]:

@@ -338,6 +338,26 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     assert "of another width" in refused(FuseModels(others=f"hf:{other}", transport="none"), model, signature, [example])
 
 
+@pytest.mark.parametrize(
+    ("option", "without", "with_"),
+    [
+        ({"samples": 48}, {"metric": "weights"}, {}),
+        ({"samples": 48}, {"transport": "none"}, {"transport": "sinkhorn"}),
+        ({"metric": "weights"}, {"transport": "none"}, {}),
+        ({"residual": "mean"}, {"transport": "none"}, {}),
+        ({"regularization": 0.1}, {}, {"transport": "sinkhorn"}),
+        ({"regularization": 0.1}, {"transport": "none"}, {"transport": "sinkhorn"}),
+        ({"tune_rows": 16}, {}, {"tune": 1}),
+        ({"tune_rate": 1e-3}, {}, {"tune": 1}),
+    ],
+)
+def test_options_that_say_nothing_are_refused(option: dict[str, Any], without: dict[str, Any], with_: dict[str, Any]) -> None:
+    FuseModels(others="a", **option, **with_)
+    FuseModels(others="a", **without)
+    with pytest.raises(ValidationError, match=f"{next(iter(option))} says nothing with.*\nLeave it out"):
+        FuseModels(others="a", **option, **without)
+
+
 def test_without_calibration_rows_nothing_is_compared() -> None:
     model, signature, rows = digits()
     anatomy, _ = parts(model, signature, rows)
