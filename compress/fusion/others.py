@@ -62,7 +62,12 @@ def load(other: Other, model: nn.Module, anatomy: Anatomy, layout: Layout, base:
         found, fingerprint = _filled(model, base / Path(other.source).expanduser())
         check_finite(found, where)
         return Loaded(str(other), found, layout, fingerprint)
-    source = load_model(other.source, base=base, trust=given.trust, task=given.task, checkpoint=other.checkpoint)
+    try:
+        source = load_model(other.source, base=base, trust=given.trust, task=given.task, checkpoint=other.checkpoint)
+    except UserError as error:
+        if error.where.partition(".")[0] == "model":  # the recipe's own is named there
+            error.where = "with" + error.where.removeprefix("model")
+        raise
     found, fingerprint = source.model, source.fingerprint
     if other.source.startswith("timm:") and other.checkpoint is None:
         hint = "Write {source: timm:name, checkpoint: file.safetensors}."

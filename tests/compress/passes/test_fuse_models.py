@@ -305,6 +305,7 @@ def test_wrong_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     subject = digits()
     (tmp_path / "mine.py").write_text("def make():\n    raise SystemExit('ran')\n")
     assert "needs leave" in refused(FuseModels(others=f"{tmp_path}/mine.py:make"), *subject)
+    assert refused(FuseModels(others="missing"), *subject).startswith("with: 'missing' names no source")
     assert "there is no such file" in refused(FuseModels(others=f"{tmp_path}/no.safetensors"), *subject)
     weights = {name: one.clone() for name, one in subject[0].state_dict().items()}
     from safetensors.torch import save_file
