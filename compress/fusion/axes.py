@@ -22,11 +22,11 @@ from compress.layers import is_quantized
 from compress.layers.conversion import is_conv1d
 from compress.rehearsal import stand_in
 
-__all__ = ["Axis", "Layout", "Piece", "layout_of", "proved", "random_orders", "reordered"]
+__all__ = ["SAME_DB", "Axis", "Layout", "Piece", "layout_of", "proved", "random_orders", "reordered"]
 
 Side = Literal["out", "in"]
 Kind = Literal["stream", "branch", "query_key", "value", "neurons", "features"]
-_SAME_DB = 80.0
+SAME_DB = 80.0
 """Least agreement of a model whose axes are in another order: float32 sums in another order differ by 100 dB or more."""
 
 
@@ -311,7 +311,7 @@ def proved(model: nn.Module, signature: Signature, example: Batch, layout: Layou
         found = signature.call(copy, example)
     if layout.output:
         expected = expected.index_select(-1, orders["stream.0"])
-    return found.shape == expected.shape and not sqnr_db(expected, found) < _SAME_DB
+    return found.shape == expected.shape and not sqnr_db(expected, found) < SAME_DB
 
 
 def reordered(tensor: Tensor, dims: Mapping[int, tuple[Piece, ...]], orders: Mapping[str, Tensor]) -> Tensor:

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
+from calibrate.fidelity import sqnr_db
 from calibrate.modes import evaluating
 from calibrate.signature import Signature
 from compress.anatomy import Anatomy, find
-from compress.fusion.axes import Layout, layout_of
+from compress.fusion.axes import SAME_DB, Layout, layout_of
+from compress.rehearsal import stand_in
 from compress.sections import FilePath, Section
 from compress.sources import check_finite, digest_tensors, load_model, read_weights
 
@@ -23,6 +26,12 @@ if TYPE_CHECKING:
     from compress.passes.contract import Given
 
 __all__ = ["Loaded", "Other", "files_of", "load", "parameters_of"]
+
+
+_SETTINGS = frozenset(("act", "activation", "eps", "epsilon", "theta", "scaling", "scale", "type", "before", "window", "pooling"))
+"""Words in the names of settings that change what a model computes: hidden_act, layer_norm_eps, position_embedding_type."""
+_OTHERWISE = frozenset(("size", "dropout", "init", "problem"))
+"""Words of settings that do not, whatever else they are called: activation_dropout, type_vocab_size, problem_type."""
 
 
 class Other(Section):
@@ -61,6 +70,7 @@ def load(other: Other, model: nn.Module, anatomy: Anatomy, layout: Layout, base:
     if other.source.endswith(".safetensors"):
         found, fingerprint = _filled(model, base / Path(other.source).expanduser())
         check_finite(found, where)
+        _same_function(where, model, found, anatomy, alike=True)
         return Loaded(str(other), found, layout, fingerprint)
     try:
         source = load_model(other.source, base=base, trust=given.trust, task=given.task, checkpoint=other.checkpoint)
@@ -85,6 +95,7 @@ def load(other: Other, model: nn.Module, anatomy: Anatomy, layout: Layout, base:
         raise UserError(where, what, "Fuse models of one depth; drop_layers makes a model shorter.")
     mine = layout_of(found, parts, where)
     _same_axes(where, (found, mine), (model, layout))
+    _same_function(where, model, found, anatomy, alike=mine.axes == layout.axes)
     return Loaded(str(other), found, mine, fingerprint)
 
 
@@ -202,6 +213,39 @@ def _same_axes(where: str, other: tuple[nn.Module, Layout], anchor: tuple[nn.Mod
         if axis.ordered and axis.size // axis.heads != other[1].axes[name].size // other[1].axes[name].heads:
             what = "its heads are of another width, and their units have an order of their own (rotary positions)"
             raise UserError(where, what, "Fuse models whose heads have one width.")
+
+
+def _same_function(where: str, model: nn.Module, found: nn.Module, anatomy: Anatomy, *, alike: bool) -> None:
+    """What the weights do not show: activations, epsilons, buffers. With the other's parameters the recipe's model has to compute
+    what the other does; where widths or heads differ (not ``alike``), the configurations have to say the same."""
+    own, its = parameters_of(model), parameters_of(found)
+    hint = "Fuse models of one architecture and one configuration."
+    if not alike or any(own[name].shape != its[name].shape for name in own):
+        mine, theirs = (_function_of(getattr(one, "config", None)) for one in (model, found))
+        for name in sorted(mine.keys() & theirs.keys()):
+            if mine[name] != theirs[name]:
+                raise UserError(where, f"has {name} {theirs[name]}, the recipe's model {mine[name]}", hint)
+        return
+    signature, example = anatomy.traced
+    copy, named = stand_in(model), {id(tensor): name for name, tensor in model.named_parameters()}
+    for module in copy.modules():
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                module._parameters[key] = nn.Parameter(its[named[id(tensor)]], requires_grad=False)
+    with evaluating(found):
+        expected = signature.call(found, example)
+    with evaluating(copy):
+        given = signature.call(copy, example)
+    if given.shape != expected.shape or not (torch.equal(given, expected) or sqnr_db(expected, given) >= SAME_DB):
+        what = "computes something else than the recipe's model does with the same weights (activations, epsilons, buffers)"
+        raise UserError(where, what, hint)
+
+
+def _function_of(config: Any) -> dict[str, Any]:
+    """Settings of a configuration of transformers that change the function and are no sizes."""
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    words = {name: set(name.split("_")) for name in told}
+    return {name: told[name] for name in told if _SETTINGS & words[name] and not _OTHERWISE & words[name]}
 
 
 def _fixed(model: nn.Module, name: str, dim: int) -> str:

@@ -278,6 +278,38 @@ def test_models_that_cannot_be_matched_are_refused(case: str, tmp_path: Path) ->
     assert says in refused(FuseModels(others=f"hf:{other}"), model, signature, [example])
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("change", [{}, {"heads": 4}, {"hidden_act": "relu"}, {"layer_norm_eps": 1e-3}])
+def test_models_that_compute_differently_with_the_same_weights_are_refused(
+    change: dict[str, Any], wide: bool, tmp_path: Path
+) -> None:
+    model, signature, example = opened(saved("ViT", tmp_path / "anchor"))
+    step = FuseModels(others=f"hf:{saved('ViT', tmp_path / 'other', wide=wide, **change)}")
+    anatomy = parts(model, signature, [example])[0]
+    if not change or "heads" in change:
+        step.targets(model, anatomy)
+        return
+    with pytest.raises(UserError, match=f"has {next(iter(change))}" if wide else "computes something else") as refusal:
+        step.targets(model, anatomy)
+    assert refusal.value.hint
+
+
+def test_a_buffer_of_another_value_is_refused(tmp_path: Path) -> None:
+    """The anchor's buffers stay in the fused model."""
+    model, signature, rows = digits()
+    model.register_buffer("scale", torch.tensor(2.0))
+    model.register_forward_hook(lambda module, inputs, output: output * module.scale)
+    weights = {name: one.clone() for name, one in model.state_dict().items()}
+    anatomy = parts(model, signature, rows)[0]
+    from safetensors.torch import save_file
+
+    for scale in (2.0, 3.0):
+        save_file({**weights, "scale": torch.tensor(scale)}, tmp_path / f"{scale}.safetensors")
+    FuseModels(others=f"{tmp_path}/2.0.safetensors").targets(model, anatomy)
+    with pytest.raises(UserError, match="computes something else"):
+        FuseModels(others=f"{tmp_path}/3.0.safetensors").targets(model, anatomy)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [("llama", "4 heads of queries share 2"), ("swin", "changes its width"), ("albert", "projected"), ("beit", "another order")],
