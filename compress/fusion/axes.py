@@ -70,6 +70,7 @@ class Layout:
         sinks: paths of the layers whose outputs are added to the stream, in the order in which they run.
         output: whether the model's output is the stream itself.
         left: parameters that take no part, and why.
+        scales: modules that scale what a branch gives before it is added (LayerScale): they have the axis of the stream.
     """
 
     axes: dict[str, Axis] = field(default_factory=dict)
@@ -78,6 +79,7 @@ class Layout:
     sinks: list[str] = field(default_factory=list)
     output: bool = False
     left: dict[str, str] = field(default_factory=dict)
+    scales: list[str] = field(default_factory=list)
 
     @property
     def width(self) -> int:
@@ -125,10 +127,10 @@ class _Reading:
         calls = _calls(self.model, *self.anatomy.traced)
         behind = self._behind(calls, sites)
         self._axis("stream.0", "stream", self._width())
-        for path in calls:
+        for previous, path in zip(["", *calls], calls, strict=False):
             site = sites.get(path)
             if site is None or site.kind == "other":
-                self._loose(path)
+                self._loose(path, previous)
             elif site.kind == "norm":
                 self._norm(path)
             elif site.block is None:
@@ -206,11 +208,17 @@ class _Reading:
     def _piece(self, axis: str, side: Side) -> Piece:
         return Piece(axis, 0, self.found.axes[axis].size, side)
 
-    def _loose(self, path: str) -> None:
-        """Tables and tokens that no layer owns: their last dimension counts the channels of the stream."""
+    def _loose(self, path: str, previous: str) -> None:
+        """Tables and tokens that no layer owns: their last dimension counts the channels of the stream. A vector that runs next
+        after a layer that ends a branch, or is owned by a module around such a layer, may scale the branch."""
+        sinks = [sink for block in self.anatomy.blocks for sink in _sinks(block)]
+        inside = any(path == block.path or path.startswith(f"{block.path}.") for block in self.anatomy.blocks if block.path)
+        ends = previous in sinks or (inside and any(sink.startswith(f"{path}.") for sink in sinks))
         for tensor in self.model.get_submodule(path)._parameters.values():
             if tensor is not None and tensor.dim() and tensor.shape[-1] == self.found.width:
                 self._use(tensor, tensor.dim() - 1, [self._piece(self._stream(), "out")])
+                if ends and tensor.numel() == self.found.width:
+                    self.found.scales.append(path)
 
     def _norm(self, path: str) -> None:
         axis = self._stream()

@@ -184,6 +184,9 @@ class FuseModels(Pass):
         if self.transport != "none" and importlib.util.find_spec("ot") is None:
             raise UserError(self.name, "POT is not installed", "pip install 'transformer-compress[fusion]'")
         layout = layout_of(model, anatomy, self.name)
+        if self.residual != "shared" and layout.scales:
+            what = f"residual: {self.residual} would match {layout.scales[0]}, which scales a branch, as the stream is behind it"
+            raise UserError(self.name, what, "Take residual: shared for models with LayerScale.")
         loaded = [load(one, model, anatomy, layout, self.base, self.given, self.name) for one in self.models]
         self._fingerprints = [one.fingerprint for one in loaded]
         for one in loaded:

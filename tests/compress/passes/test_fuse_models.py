@@ -129,6 +129,19 @@ def test_every_way_of_joining_plans_gives_a_permuted_copy_back(residual: str, tm
     assert furthest(fused(subject, tmp_path, other, residual=residual).after, subject[0]) < 1e-6
 
 
+def test_plans_are_not_joined_where_branches_are_scaled(tmp_path: Path) -> None:
+    """A vector of LayerScale belongs to its branch, not to the stream behind the join."""
+    model, signature, rows = family("dinov2")
+    anatomy, layout = parts(model, signature, rows)
+    assert len(layout.scales) == 2 * len(anatomy.blocks)
+    assert not parts(*family("vit"))[1].scales, "another model of plain blocks has none"
+    step = FuseModels(others=stored(model, tmp_path / "other.safetensors"))
+    step.targets(model, anatomy)
+    for residual in RESIDUALS[1:]:
+        with pytest.raises(UserError, match="layer_scale1, which scales a branch"):
+            step.model_copy(update={"residual": residual}).targets(model, anatomy)
+
+
 @pytest.mark.parametrize("name", swept(["vit", "bert"], ["bert"]))
 def test_alpha_one_is_the_model_and_alpha_zero_the_other_in_its_order(name: str, tmp_path: Path) -> None:
     """With exact transport and one plan for the stream, whatever the other is."""
