@@ -114,6 +114,7 @@ def _split(source: str, base: Path) -> tuple[Path, str]:
 
 def _call(path: Path, function: str, source: str) -> tuple[nn.Module, Any]:
     """Runs the file and the function; what they raise is the user's own, and is shown with its place in their file."""
+    _check_modules(path)
     name = f"_compress_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -137,6 +138,47 @@ def _call(path: Path, function: str, source: str) -> tuple[nn.Module, Any]:
     if wrong is not None:
         model = model.float()
     return model.eval().requires_grad_(False), example
+
+
+def _check_modules(path: Path) -> None:
+    """Refuses a file beside which lies a module that it imports and whose name another module has already in this process: it
+    would get that one.
+
+    Raises:
+        UserError: names the module and both files.
+    """
+    folder = path.parent.resolve()
+    seen: set[str] = set()
+    left = [path]
+    while left:
+        for name in _imports(left.pop()) - seen - sys.stdlib_module_names:
+            seen.add(name)
+            place = next((one for one in (folder / name / "__init__.py", folder / f"{name}.py") if one.is_file()), None)
+            if place is None:
+                continue
+            left += sorted(place.parent.rglob("*.py")) if place.name == "__init__.py" else [place]
+            known = getattr(sys.modules.get(name), "__file__", None)
+            if known and not _same(Path(known), place):
+                what = f"imports {name} from {place}, but {known} was imported under that name before"
+                raise UserError(str(path), what, f"Give one of the two modules {name} another name.")
+
+
+def _same(known: Path, place: Path) -> bool:
+    """Whether two modules are one, or hold the same text (packages do not count)."""
+    if known.resolve() == place.resolve():
+        return True
+    return known.is_file() and "__init__.py" not in (known.name, place.name) and known.read_bytes() == place.read_bytes()
+
+
+def _imports(file: Path) -> set[str]:
+    """Names of the modules that a file imports, functions included, without what is inside of packages."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+    except (OSError, SyntaxError, ValueError):
+        return set()  # Python says so, if it is ever imported
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in found}
 
 
 @contextmanager

@@ -253,3 +253,20 @@ def test_a_torchvision_that_cannot_be_imported_is_hidden(tmp_path: Path, monkeyp
     with pytest.raises(ImportError):
         __import__("torchvision")
     monkeypatch.delitem(sys.modules, "torchvision")
+
+
+def test_two_files_that_import_other_modules_of_one_name_are_refused(tmp_path: Path) -> None:
+    """The second would get the module of the first."""
+    for folder, name in (("a", "fusing_net"), ("b", "fusing_net"), ("c", "fusing_net_c")):
+        (tmp_path / folder).mkdir()
+        text = f"import torch\n\nNet = lambda: torch.nn.Linear(3, 3)\nFOLDER = {folder!r}\n"
+        (tmp_path / folder / f"{name}.py").write_text(text)
+        (tmp_path / folder / "make.py").write_text(
+            f"import torch\n\n\ndef make():\n    import {name}\n\n    return {name}.Net(), torch.zeros(2, 3)\n"
+        )
+    for _ in range(2):
+        load_model("a/make.py:make", base=tmp_path, trust=True)
+    load_model("c/make.py:make", base=tmp_path, trust=True)
+    with pytest.raises(UserError, match=r"imports fusing_net from .*, but .*fusing_net\.py was imported under") as refusal:
+        load_model("b/make.py:make", base=tmp_path, trust=True)
+    assert "another name" in refusal.value.hint
