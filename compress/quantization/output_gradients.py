@@ -54,8 +54,8 @@ def felt(
     A module that does not run is left out.
 
     Only these modules and what runs after them are differentiated. Padded positions are left out; of a linear layer's about
-    ``positions`` are kept, drawn from all batches, the same for layers that read the same tensor; of a convolution's inputs
-    whole images.
+    ``positions`` are kept, drawn from all batches; of a convolution's inputs whole images, as many as have so many positions.
+    Layers that read the same tensor have the same, whatever they give.
 
     Args:
         batches: a few rows of them run at a time, forwards and backwards.
@@ -75,7 +75,7 @@ def felt(
             given = given.float()
             mask = counted(given, batch.get("attention_mask"))
             if isinstance(model.get_submodule(path), nn.Conv2d):
-                images = max(1, round(positions * share / slopes[0, 0].numel()))
+                images = max(1, round(positions * share / given[0, 0].numel()))
                 found[path].append((given[:images].clone(), slopes[:images].clone()))
                 continue
             flat, flat_slopes = given.reshape(-1, given.shape[-1]), slopes.reshape(-1, slopes.shape[-1])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from families import VOCABULARY, build
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 from trial import Trial, digits, rebuilt, tried
 
 from calibrate.errors import UserError
-from calibrate.signature import Batch, Signature
+from calibrate.signature import Batch, Signature, TensorSpec
 from compress.anatomy import find
 from compress.layers import QuantEmbedding, QuantLinear
 from compress.passes.quantize import Quantize
@@ -156,3 +156,34 @@ def test_six_bits_can_be_simulated_and_no_recipe_asks_for_them() -> None:
         Quantize.model_validate({"weights": 6})
     with pytest.raises(ValidationError):
         Quantize.model_validate({"activation_bits": 6})
+
+
+class Strides(nn.Module):
+    """Three convolutions of two strides read one tensor; what they give is projected and pooled."""
+
+    def __init__(self, strides: tuple[int, int]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query = nn.Conv2d(3, 8, 3, stride=strides[0], padding=1)
+        self.key = nn.Conv2d(3, 8, 3, stride=strides[1], padding=1)
+        self.value = nn.Conv2d(3, 8, 3, stride=strides[1], padding=1, padding_mode="reflect")
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pooled = [made(pixels).relu().mean((2, 3)) for made in (self.query, self.key, self.value)]
+        given: Tensor = self.head(torch.cat(pooled, -1))
+        return given
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (1, 2), (2, 1)])
+def test_convolutions_of_any_stride_share_the_range_of_their_tensor(strides: tuple[int, int]) -> None:
+    signature = Signature((TensorSpec("pixels", torch.float32, ("batch", 3, 32, 32)),))
+    rows: list[Batch] = [{"pixels": torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))}] * 2
+    step = Quantize(range="hessian", sites=["query", "key", "value"], **PLAIN)
+    found = tried(step, Strides(strides), signature, rows)
+    assert found.sqnr_db > 30
+    sites = found.context.report["sites"]
+    assert set(sites) == {"query", "key"}
+    assert "reflect" in found.context.report["skipped"]["value"]  # other padding than zeros is carried by no quantized layer
+    assert sites["query"]["activation"]["scale"] == sites["key"]["activation"]["scale"]
+    assert sites["key"]["activation"]["method"] == "hessian"
