@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64},
     ),
     "bert of five layers": ("BertForSequenceClassification", {**_BERT, "num_hidden_layers": 5, "hidden_size": 16}),
+    "bert of 64 columns": ("BertForSequenceClassification", {**_BERT, "hidden_size": 64}),
     "minilm": ("BertModel", _BERT),
     "modernbert": (
         "ModernBertForSequenceClassification",
