@@ -8,6 +8,8 @@ between the model and itself does. Shapes: B batch, N positions, C channels, O o
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ from calibrate.signature import Batch
 __all__ = ["Felt", "felt", "table_moment"]
 
 Call = Callable[[nn.Module, Batch], Tensor]
+
+_Place = tuple[str, int]
+"""A module's path, and the number of a call of it."""
 
 _PROBES = 2
 """Random combinations of the outputs for each batch."""
@@ -49,13 +54,13 @@ class Felt:
 def felt(
     model: nn.Module, call: Call, batches: Iterable[Batch], paths: Sequence[str], *, positions: int, seed: int = 0
 ) -> dict[str, Felt]:
-    """For the modules at ``paths`` what they receive in their first call and how the outputs hang on what they give.
+    """For the modules at ``paths`` what they receive, in all their calls, and how the outputs hang on what they give.
 
     A module that does not run is left out.
 
     Only these modules and what runs after them are differentiated. Padded positions are left out; of a linear layer's about
-    ``positions`` are kept, drawn from all batches; of a convolution's inputs whole images, as many as have so many positions.
-    Layers that read the same tensor have the same, whatever they give.
+    ``positions`` are kept, drawn from all batches; of a convolution's inputs whole images of the size that comes first, as many
+    as have so many positions. Layers that read the same tensors have the same, whatever they give.
 
     Args:
         batches: a few rows of them run at a time, forwards and backwards.
@@ -70,46 +75,60 @@ def felt(
     for batch in pieces:
         chosen: dict[int, Tensor] = {}
         inputs, gradients = _probed(model, call, batch, paths, _PROBES, generator)
-        for path, given in inputs.items():
-            slopes = torch.stack([one[path] for one in gradients]).float().square().mean(0)
+        for (path, number), given in inputs.items():
+            slopes = torch.stack([one[path, number] for one in gradients]).float().square().mean(0)
             given = given.float()
             mask = counted(given, batch.get("attention_mask"))
+            wanted = positions * share / sum(path == other for other, _ in inputs)
             if isinstance(model.get_submodule(path), nn.Conv2d):
-                images = max(1, round(positions * share / given[0, 0].numel()))
-                found[path].append((given[:images].clone(), slopes[:images].clone()))
+                images = max(1, round(wanted / given[0, 0].numel()))
+                if not found[path] or found[path][0][0].shape[1:] == given.shape[1:]:
+                    found[path].append((given[:images].clone(), slopes[:images].clone()))
                 continue
             flat, flat_slopes = given.reshape(-1, given.shape[-1]), slopes.reshape(-1, slopes.shape[-1])
             if mask is not None:
                 flat, flat_slopes = flat[mask.reshape(-1)], flat_slopes[mask.reshape(-1)]
             if len(flat) not in chosen:
-                most = max(1, round(positions * share))
+                most = max(1, round(wanted))
                 chosen[len(flat)] = torch.randperm(len(flat), generator=generator)[:most].sort().values
             found[path].append((flat[chosen[len(flat)]].clone(), flat_slopes[chosen[len(flat)]].clone()))
     return {path: Felt(torch.cat([one[0] for one in parts]), torch.cat([one[1] for one in parts]))
             for path, parts in found.items() if parts}  # fmt: skip
 
 
-def table_moment(model: nn.Module, call: Call, batches: Iterable[Batch], path: str, *, seed: int = 0) -> SecondMoment:
+def table_moment(
+    model: nn.Module,
+    call: Call,
+    batches: Iterable[Batch],
+    path: str,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> SecondMoment:
     """The mean [C, C] of ``J^T J`` at what an embedding gives, over the positions that count.
 
     An error e in a row of the table changes the squared error of the outputs by about ``e^T H e`` wherever the row is read, so
     that this stands for all of its rows as a layer's second moments do for the rows of its weight.
+
+    Args:
+        progress: is told the number of rows done.
     """
     generator = torch.Generator().manual_seed(seed)
-    moment = SecondMoment()
+    moment, rows = SecondMoment(), 0
     for batch in split(batches, _ROWS):
         _, gradients = _probed(model, call, batch, [path], _TABLE_PROBES, generator)
-        for one in gradients:
-            gradient = one[path]
+        for gradient in itertools.chain.from_iterable(one.values() for one in gradients):
             mask = counted(gradient, batch.get("attention_mask"))
             moment.update((gradient if mask is None else gradient[mask]).reshape(-1, gradient.shape[-1]))
+        rows += len(next(iter(batch.values())))
+        progress(rows)
     return moment
 
 
 def _probed(
     model: nn.Module, call: Call, batch: Batch, paths: Sequence[str], probes: int, generator: torch.Generator
-) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Inputs by path, and for each probe the gradient at the outputs."""
+) -> tuple[dict[_Place, Tensor], list[dict[_Place, Tensor]]]:
+    """Inputs by path and call, and for each probe the gradient at the outputs."""
     with modes_kept(model), torch.enable_grad(), _listening(model, paths) as heard:
         model.eval()
         outputs = call(model, batch)
@@ -120,29 +139,29 @@ def _probed(
                 "Leave out range: hessian and embedding_rounding: gptq.",
             )
         found = []
-        ran = [path for path in paths if path in heard]
+        ran = sorted(heard, key=lambda place: (paths.index(place[0]), place[1]))
         for _ in range(probes):
             signs = (torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1).to(outputs)
-            added = [heard[path][1] for path in ran]
+            added = [heard[place][1] for place in ran]
             grown = torch.autograd.grad((outputs * signs).sum(), added, retain_graph=True, allow_unused=True)
-            found.append({path: torch.zeros_like(zero) if one is None else one.detach()
-                          for path, one, zero in zip(ran, grown, added, strict=True)})  # fmt: skip
-    return {path: heard[path][0] for path in ran}, found
+            found.append({place: torch.zeros_like(zero) if one is None else one.detach()
+                          for place, one, zero in zip(ran, grown, added, strict=True)})  # fmt: skip
+    return {place: heard[place][0] for place in ran}, found
 
 
 @contextmanager
-def _listening(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Adds a zero, which gradients are asked of, to what each module gives first; no parameter is differentiated."""
-    heard: dict[str, tuple[Tensor, Tensor]] = {}
+def _listening(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[_Place, tuple[Tensor, Tensor]]]:
+    """Adds a zero, which gradients are asked of, to what each module gives in each call; no parameter is differentiated."""
+    heard: dict[_Place, tuple[Tensor, Tensor]] = {}
+    calls = Counter[str]()
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def hook(path: str) -> Callable[..., Any]:
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if path in heard:
-                return None
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             zero = torch.zeros_like(output, requires_grad=True)
             given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            heard[path] = (given.detach(), zero)
+            heard[path, calls[path]] = (given.detach(), zero)
+            calls[path] += 1
             return output + zero
 
         return after

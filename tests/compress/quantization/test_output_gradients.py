@@ -97,3 +97,32 @@ def test_nothing_is_left_behind() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert [parameter.requires_grad for parameter in model.parameters()] == [True, True, True, False, True]
     assert all(torch.equal(before[name], tensor) and tensor.grad is None for name, tensor in model.state_dict().items())
+
+
+class Repeats(nn.Module):
+    """One layer runs on the input and, a hundred times larger, on what it gave, as layers that share weights do."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.calls = calls
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.calls - 1):
+            x = 100 * self.layer(x)
+        given: Tensor = self.layer(x)
+        return given
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_every_call_of_a_layer_is_felt(calls: int) -> None:
+    model = Repeats(calls)
+    x = torch.randn(16, 6)
+    found = felt(model, lambda model, batch: model(batch["x"]), [{"x": x}], ["layer"], positions=10_000)["layer"]
+    assert found.inputs.shape == found.slopes.shape == (16 * calls, 6)
+    later = 100 * model.layer(x).detach()
+    assert float(found.inputs.max()) == pytest.approx(float((x if calls == 1 else later).max()), rel=1e-5)
+    assert bool((found.slopes.sum(1) > 0).all())
+    few = felt(model, lambda model, batch: model(batch["x"]), [{"x": x}], ["layer"], positions=8)["layer"]
+    assert len(few.inputs) == 8
