@@ -183,7 +183,7 @@ class Quantize(Pass):
     embedding_rounding: Literal["nearest", "gptq"] = Field(
         "nearest",
         description="gptq: rows of tables of 4 or 2 bits so that the model's outputs change least, by GPTQ with their gradients "
-        "in the place of a layer's inputs.",
+        "on at most 512 rows in the place of a layer's inputs.",
     )
     scale_rounds: NonNegativeInt = Field(
         0,

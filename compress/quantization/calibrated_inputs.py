@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from calibrate.errors import UserError
 from calibrate.ranges import Channels, Observer, RangeMethod, range_observer
 from calibrate.second_moment import SecondMoment
 from compress.algorithms.smoothing import Smoothing, balanced, smoothing
+from compress.depth.output_scores import first_rows
 from compress.distillation.walk import Walk
 from compress.layers.conversion import weight_of
 from compress.layers.fitting import Seen, column_energy
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
     from compress.passes.contract import Context
     from compress.passes.quantize import Quantize
 
-__all__ = ["calibrated", "second_moments", "smoothed_inputs", "table_moments"]
+__all__ = ["TABLE_ROWS", "calibrated", "second_moments", "smoothed_inputs", "table_moments"]
 
 _WORTH_DB, _WORTH_FOLDED_DB = 3.0, 0.5
 """What factors have to gain where the layer multiplies by them, and where they are folded into the layer before."""
+
+TABLE_ROWS = 512
+"""Calibration rows that run with gradients for a table, at most."""
 
 _HALF = 0.5
 """What rounding by the output is expected to leave of the noise of rounding to the nearest code."""
@@ -120,12 +125,21 @@ def table_moments(step: Quantize, model: nn.Module, context: Context, jobs: list
     """
     if step.embedding_rounding == "nearest":
         return {}
-    found = {}
+    found, most = {}, 0
     for job in jobs:
         if job.site.kind == "embedding" and job.grid.bits < 8 and not ties.holders[job.site.path]:
-            context.progress(0, len(jobs), f"gradients at {job.site.path}")
-            found[job.site.path] = table_moment(model, context.call, context.calibration(), job.site.path, seed=context.seed)
+            path = job.site.path
+            rows = first_rows(context.calibration(), TABLE_ROWS)
+            most = sum(len(next(iter(batch.values()))) for batch in rows)
+            told = functools.partial(_told, context, most, path)
+            found[path] = table_moment(model, context.call, rows, path, seed=context.seed, progress=told)
+    if found:
+        context.report["table_gradient_rows"] = most
     return found
+
+
+def _told(context: Context, most: int, path: str, rows: int) -> None:
+    context.progress(rows, most, f"rows with gradients at {path}")
 
 
 def _requests(step: Quantize, model: nn.Module, context: Context, jobs: list[Job]) -> dict[str, Sequence[Observer]]:

@@ -18,6 +18,7 @@ from calibrate.signature import Batch, Signature, TensorSpec
 from compress.anatomy import find
 from compress.layers import QuantEmbedding, QuantLinear
 from compress.passes.quantize import Quantize
+from compress.quantization import calibrated_inputs
 
 PLAIN: dict[str, Any] = {"smooth": False, "bias_correction": False}
 
@@ -97,6 +98,14 @@ def test_rows_of_a_table_are_rounded_by_what_the_outputs_lose() -> None:
     assert found.context.report["sites"][path]["rounding_gain_db"] > 1
     assert not torch.equal(tables(found)[path], tables(nearest)[path])
     assert torch.equal(found.outputs(rebuilt(found)), found.outputs(found.after))
+
+
+@pytest.mark.parametrize(("bound", "used"), [(3, 3), (10_000, 32)])
+def test_rows_with_gradients_for_a_table_are_bounded_and_told(monkeypatch: pytest.MonkeyPatch, bound: int, used: int) -> None:
+    monkeypatch.setattr(calibrated_inputs, "TABLE_ROWS", bound)
+    trial = on_text.__wrapped__("bert", embedding_rounding="gptq")
+    assert sum(len(batch["input_ids"]) for batch in trial.rows) == 32
+    assert trial.context.report["table_gradient_rows"] == used
 
 
 def test_a_table_that_the_head_shares_keeps_its_nearest_codes() -> None:
