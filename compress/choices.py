@@ -49,7 +49,7 @@ class Chosen:
         if name not in choices:
             raise self._unknown(name, choices)
         try:
-            return choices[name].model_validate(options)
+            return choices[name].model_validate(options, by_alias=True, by_name=False)
         except UserError as error:
             raise PydanticCustomError("fault", "{what}", {"what": error.what, "hint": error.hint, "key": name}) from None
         except ValidationError as error:

@@ -187,7 +187,7 @@ def _record(
     bytes_before, bytes_after = changed.bytes_before, changed.bytes_after
     return StepRecord(
         name=step.name,
-        options=step.model_dump(mode="json"),
+        options=step.model_dump(mode="json", by_alias=True),
         seconds=seconds,
         bytes_before=bytes_before,
         bytes_after=bytes_after,

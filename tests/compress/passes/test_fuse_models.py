@@ -33,7 +33,7 @@ from compress.identity import differences, identity
 from compress.passes.contract import Context, Given
 from compress.passes.fuse_models import FuseModels
 from compress.passes.quantize import Quantize
-from compress.recipe import read
+from compress.recipe import parse_recipe, read
 from compress.surgery import Surgery
 
 pytest.importorskip("ot", reason="needs the extra fusion")
@@ -544,3 +544,12 @@ def test_distances_are_told_of_what_they_are(tmp_path: Path) -> None:
     assert told["distance_as_given"] > 1
     assert done.context.report["rows"] == 48
     assert done.sqnr_db > 20
+
+
+def test_recipes_name_the_other_model_as_the_schema_does() -> None:
+    text = "model: embedded:digits-vit\ndata: {format: embedded}\npasses:\n  - fuse_models: {KEY: hf:x}\nexport: [onnx]\n"
+    (step,) = parse_recipe(text.replace("KEY", "with")).passes
+    assert isinstance(step, FuseModels)
+    assert step.others == "hf:x"
+    with pytest.raises(UserError, match="with is missing"):
+        parse_recipe(text.replace("KEY", "others"))
