@@ -22,7 +22,7 @@ from compress.layers import is_quantized
 from compress.layers.conversion import is_conv1d
 from compress.rehearsal import stand_in
 
-__all__ = ["SAME_DB", "Axis", "Layout", "Piece", "layout_of", "proved", "random_orders", "reordered"]
+__all__ = ["SAME_DB", "Axis", "Layout", "Piece", "layout_of", "proved", "random_orders", "reordered", "with_parameters"]
 
 Side = Literal["out", "in"]
 Kind = Literal["stream", "branch", "query_key", "value", "neurons", "features"]
@@ -303,16 +303,8 @@ def _calls(model: nn.Module, signature: Signature, example: Batch) -> list[str]:
 def proved(model: nn.Module, signature: Signature, example: Batch, layout: Layout) -> bool:
     """Whether a copy of the model with every axis in a random order computes the same."""
     orders = random_orders(layout)
-    copy = stand_in(model)
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in copy.modules():
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                places.setdefault(id(tensor), []).append((module, name))
-    for name, tensor in model.named_parameters():
-        moved = reordered(tensor.detach(), layout.uses.get(name, {}), orders)
-        for module, key in places[id(tensor)]:
-            module._parameters[key] = nn.Parameter(moved, requires_grad=False)
+    moved = {name: reordered(one.detach(), layout.uses.get(name, {}), orders) for name, one in model.named_parameters()}
+    copy = with_parameters(model, moved)
     with evaluating(model):
         expected = signature.call(model, example)
     with evaluating(copy):
@@ -320,6 +312,17 @@ def proved(model: nn.Module, signature: Signature, example: Batch, layout: Layou
     if layout.output:
         expected = expected.index_select(-1, orders["stream.0"])
     return found.shape == expected.shape and not sqnr_db(expected, found) < SAME_DB
+
+
+def with_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model, of the same buffers, with other parameters (by the names of ``named_parameters``); tied ones stay tied
+    in value."""
+    copy, names = stand_in(model), {id(tensor): name for name, tensor in model.named_parameters()}
+    for module in copy.modules():
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                module._parameters[key] = nn.Parameter(tensors[names[id(tensor)]], requires_grad=False)
+    return copy
 
 
 def reordered(tensor: Tensor, dims: Mapping[int, tuple[Piece, ...]], orders: Mapping[str, Tensor]) -> Tensor:

@@ -17,8 +17,7 @@ from calibrate.fidelity import sqnr_db
 from calibrate.modes import evaluating
 from calibrate.signature import Signature
 from compress.anatomy import Anatomy, find
-from compress.fusion.axes import SAME_DB, Layout, layout_of
-from compress.rehearsal import stand_in
+from compress.fusion.axes import SAME_DB, Layout, layout_of, with_parameters
 from compress.sections import FilePath, Section
 from compress.sources import check_finite, digest_tensors, load_model, read_weights
 
@@ -227,11 +226,7 @@ def _same_function(where: str, model: nn.Module, found: nn.Module, anatomy: Anat
                 raise UserError(where, f"has {name} {theirs[name]}, the recipe's model {mine[name]}", hint)
         return
     signature, example = anatomy.traced
-    copy, named = stand_in(model), {id(tensor): name for name, tensor in model.named_parameters()}
-    for module in copy.modules():
-        for key, tensor in module._parameters.items():
-            if tensor is not None:
-                module._parameters[key] = nn.Parameter(its[named[id(tensor)]], requires_grad=False)
+    copy = with_parameters(model, its)
     with evaluating(found):
         expected = signature.call(found, example)
     with evaluating(copy):
