@@ -268,20 +268,16 @@ class PruneWidth(Pass):
 
         groups = self._groups(model, units, scores)
         try:
-            gone, told = chosen_by_time(units, groups, ratio, make, context.latency, context.progress)
+            done, told = chosen_by_time(units, groups, ratio, make, context.latency, context.progress)
         except TooSmall as error:
             raise self._too_small("latency_ratio", f"about {error.least:.3f}", _up(error.least + _NOISE)) from None
+        gone = done.chosen.choice
         stay = numbered(units, gone, len(context.anatomy.blocks))
         options = self.model_dump(mode="json", exclude={"latency_ratio", "stay"}, exclude_defaults=True)
         context.report |= {"latency": told, "same_again": {self.name: {"stay": stay, **options}}}
         written = ", ".join(f"{name}: {numbers}" for name, numbers in stay.items()).replace("None", "null")
         again = f"chosen by measured times, which vary between runs; the same units go again with stay: {{{written}}}"
-        context.report["warnings"] = [again]
-        if told["high"] - told["low"] > _BUSY:
-            spread = f"the ratio of times is {told['low']:g} to {told['high']:g}: other work ran on this machine"
-            context.report["warnings"].append(f"{spread}; the choice may be far from what an idle one would give")
-        if not told["met"]:
-            context.report["warnings"].append(f"latency_ratio: {ratio:g} was not reached: {told['measured']:g} was measured")
+        context.report["warnings"] = [again, *done.cautions]
         return gone
 
 

@@ -50,9 +50,11 @@ class Quantize(Pass):
     rows, those losses add up as noise (they are reported beside what the whole then loses), and the least sum under a budget
     is found exactly, as a knapsack (Hubara et al. 2020, arXiv 2006.10518, sec. 4, with the outputs' squared error in the
     place of the task loss). Sites that hold one weight share their bits; a site that cannot take a candidate has another.
-    Bytes are those in memory, with room for the factors of smoothed inputs. With ``max_drop`` the strongest setting is tried
-    first, and the sites that lose most are undone until the drop on the rows that judge is allowed; how many is found by
-    bisection.
+    Bytes are those in memory, with room for the factors of smoothed inputs. With ``latency_ratio`` the cost is time: files with
+    each kind of layer at each setting are timed, those times add up, and the chosen bits are timed as a whole.
+
+    With ``max_drop`` the strongest setting is tried first, and the sites that lose most are undone until the drop on the rows
+    that judge is allowed; how many is found by bisection.
 
     ``engine: nncf`` leaves all of this to NNCF (nncf.quantize, or nncf.compress_weights with ``activations: none``; its preset
     for transformers): its ranges, SmoothQuant, fast bias correction and weight compression. It is given the calibration rows
@@ -135,7 +137,7 @@ class Quantize(Pass):
     mixed: Mixed | None = Field(
         None,
         description="Bits chosen site by site, among candidates, so that the outputs on calibration rows are predicted to lose "
-        "least under one budget: size_ratio, size_mb or loss_db. The report tells them as overrides.",
+        "least under one budget: size_ratio, size_mb, latency_ratio or loss_db. The report tells them as overrides.",
     )
     max_drop: float | None = Field(
         None,
@@ -221,7 +223,9 @@ class Quantize(Pass):
         if self.reduce_range and self.activations == "none":
             raise ValueError("reduce_range says nothing where inputs are not rounded\nLeave it out.")
         if self.mixed is not None and not self.mixed.budgets and self.max_drop is None:
-            raise ValueError("mixed has no budget\nAdd size_ratio, size_mb or loss_db to it, or max_drop beside it.")
+            raise ValueError(
+                "mixed has no budget\nAdd size_ratio, size_mb, loss_db or latency_ratio to it, or max_drop beside it."
+            )
         if wrong := self._useless():
             raise ValueError(wrong)
         if self.mixed is not None and self.mixed.budgets and self.max_drop is not None:
@@ -302,13 +306,19 @@ class Quantize(Pass):
         return self.max_drop is not None
 
     @property
+    def timed(self) -> str:
+        by_time = self.mixed is not None and self.mixed.latency_ratio is not None
+        return "mixed: latency_ratio, size_ratio or loss_db" if by_time else ""
+
+    @property
     def assumes(self) -> str:
         if self.max_drop is not None:
             return "max_drop undoes what it has to when the pass runs; sizes are those of the strongest setting"
         if self.mixed is None:
             return ""
-        if self.mixed.loss_db is not None:
-            return "bits are chosen by loss_db when the pass runs; sizes are those of the smallest choice"
+        for option in ("loss_db", "latency_ratio"):
+            if option in self.mixed.budgets:
+                return f"bits are chosen by {option} when the pass runs; sizes are those of the smallest choice"
         return "bits are chosen when the pass runs; the choice that is shown is one that keeps the budget, which bounds the size"
 
     @property

@@ -14,6 +14,7 @@ from calibrate.errors import UserError
 from calibrate.inventory import inventory
 from compress.algorithms.knapsack import Frontier, frontier
 from compress.quantization.bit_groups import FLOAT, BitGroup, bit_groups
+from compress.quantization.bit_times import in_time
 from compress.quantization.sensitivity import Loss, Sensitivity, decibels, measure
 from compress.quantization.site_options import Choice, Mixed, SiteOptions
 from compress.rehearsal import stand_in
@@ -126,7 +127,11 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
     curve = bits.frontier(found.noises)
     scored = curve if mixed.score == "sensitivity" else bits.frontier(dealt(found, context.seed))
     tried: list[dict[str, float | None]] = []
-    if budget is not None:
+    latency: dict[str, Any] = {}
+    if mixed.latency_ratio is not None:
+        losses = found.noises if mixed.score == "sensitivity" else dealt(found, context.seed)
+        chosen, latency = _fast_enough(step, model, context, bits, found, losses)
+    elif budget is not None:
         point = scored.within(budget - bits.fixed)
         assert point is not None
         chosen = _rounding(_assigned(bits, found, scored, point), mixed)
@@ -140,6 +145,7 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
         "measured": found.reference.loss(model).json(),
         "bytes_after": sum(entry.bytes for entry in inventory(model).values()),
         "tried": tried,
+        **({"latency": latency} if latency else {}),
     }
     _warn(context)
     return model
@@ -147,7 +153,11 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
 
 def _fixed(step: Quantize, bits: Bits, chosen: Assignment) -> Quantize:
     """The pass as a recipe could have written it."""
-    return step.model_copy(update={"mixed": None, "overrides": with_settings(step, bits.groups, chosen.settings)})
+    return _settled(step, bits, chosen.settings)
+
+
+def _settled(step: Quantize, bits: Bits, settings: Mapping[str, str]) -> Quantize:
+    return step.model_copy(update={"mixed": None, "overrides": with_settings(step, bits.groups, settings)})
 
 
 def _assigned(bits: Bits, found: Sensitivity, curve: Frontier, point: int) -> Assignment:
@@ -196,6 +206,26 @@ def _good_enough(
                 f"Ask for {math.floor(measured * 10) / 10:g} or less, or add float to candidates.",
             )
         wanted, last = wanted + max(asked - measured, 0.1), point
+
+
+def _fast_enough(
+    step: Quantize,
+    model: nn.Module,
+    context: Context,
+    bits: Bits,
+    found: Sensitivity,
+    losses: Sequence[Mapping[str, float]],
+) -> tuple[Assignment, dict[str, Any]]:
+    """The assignment of least loss whose file was found to take no longer than asked, and what is told of times."""
+    assert step.mixed is not None
+    assert step.mixed.latency_ratio is not None
+    done, told = in_time(
+        step, model, context, bits.groups, losses, step.mixed.latency_ratio, lambda one: _settled(step, bits, one)
+    )
+    again = "bits are chosen by measured times, which vary between runs; the same ones come again with the overrides below"
+    context.report.setdefault("warnings", []).extend([again, *done.cautions])
+    settings = done.chosen.choice
+    return _rounding(Assignment(settings, bits.bytes(settings), _noise_of(found, settings)), step.mixed), told
 
 
 def _told(bits: Bits, found: Sensitivity, chosen: Assignment, curve: Frontier) -> dict[str, Any]:

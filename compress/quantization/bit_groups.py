@@ -57,8 +57,8 @@ class BitGroup:
         return self.paths[0]
 
     def override(self, setting: str) -> dict[str, Choice | SiteOptions]:
-        """The option of ``quantize`` that gives the group this setting."""
-        options = self.settings[setting]
+        """The option of ``quantize`` that gives the group this setting, or leaves it float."""
+        options = SiteOptions(weights=FLOAT) if setting == FLOAT else self.settings[setting]
         value: Choice | SiteOptions = options if options.activations or options.weights is None else options.weights
         return {path: value for path in self.paths if path not in self.followers}
 

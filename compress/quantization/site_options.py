@@ -40,6 +40,13 @@ class Mixed(BaseModel):
     loss_db: float | None = Field(
         None, description="Least SQNR of the model's outputs on those rows, in dB; the smallest model that is found to have it."
     )
+    latency_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Longest time of the model's file over that of the model as the pass is given it: measured in the runtime of "
+        "the first file of the recipe that runs on this machine.",
+    )
     rows: int = Field(64, ge=1, description="Calibration rows on which each site's loss is measured.")
     score: Literal["sensitivity", "random"] = Field(
         "sensitivity", description="random: losses are dealt out at random, as a control."
@@ -59,7 +66,7 @@ class Mixed(BaseModel):
     @property
     def budgets(self) -> dict[str, float]:
         """The budget by its option."""
-        found = {name: getattr(self, name) for name in ("size_ratio", "size_mb", "loss_db")}
+        found = {name: getattr(self, name) for name in ("size_ratio", "size_mb", "loss_db", "latency_ratio")}
         return {name: value for name, value in found.items() if value is not None}
 
 

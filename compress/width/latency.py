@@ -14,27 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from calibrate.fidelity import Estimate
 from calibrate.latency import Timing
+from compress import time_budget
+from compress.time_budget import Fit
 from compress.width.search import Group, TooSmall, choose
 from compress.width.units import Units
 
 if TYPE_CHECKING:
     from compress.passes.contract import Latency
 
-__all__ = ["Curve", "Fit", "Trial", "curves", "fit", "monotone", "timed_groups"]
+__all__ = ["Curve", "Gone", "curves", "fit", "monotone", "timed_groups"]
 
-Make = Callable[[list[list[int]]], nn.Module]
+Gone = list[list[int]]
+"""Numbers of the units that go, for each group."""
+Make = Callable[[Gone], nn.Module]
 """The model without the given units of each group."""
 
 _PARTS = 4
-_TRIES = 4
-_LOOSE = 0.02
-"""Share of the time that the chosen set may stay below the budget, before a larger set is looked for."""
-
-
-_FURTHEST = 0.5
-"""Least share of what was asked that a corrected budget may be: predictions that are off by more are told, not followed."""
 
 
 @dataclass(frozen=True)
@@ -67,42 +63,6 @@ class Curve:
         start, end = self.kept[right - 1], self.kept[right]
         share = (kept - start) / (end - start)
         return ratios[right - 1] + share * (ratios[right] - ratios[right - 1])
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A set of units that was timed: the budget that it was searched for, what was predicted, what was measured."""
-
-    gone: list[list[int]]
-    budget: float
-    predicted: float
-    timing: Timing
-
-    @property
-    def ratio(self) -> float:
-        return self._estimate.value
-
-    @property
-    def low(self) -> float:
-        return self._estimate.low
-
-    @property
-    def high(self) -> float:
-        return self._estimate.high
-
-    @property
-    def _estimate(self) -> Estimate:
-        assert self.timing.ratio is not None
-        return self.timing.ratio
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The set that was chosen among those timed; ``met``: whether it takes no longer than asked, as far as can be told."""
-
-    chosen: Trial
-    tried: tuple[Trial, ...]
-    met: bool
 
 
 def curves(units: Sequence[Units], groups: Sequence[Group], make: Make, latency: Latency) -> list[Curve]:
@@ -162,38 +122,25 @@ def timed_groups(groups: Sequence[Group], found: Sequence[Curve]) -> tuple[list[
     return timed, 1.0 - sum(group.costs(len(group.scores)) for group in timed)
 
 
-def fit(groups: Sequence[Group], fixed: float, ratio: float, measure: Callable[[list[list[int]]], Timing]) -> Fit:
-    """Searches, times what was found, and corrects the budget until the time is as asked or nothing else is found.
-
-    Of the sets that take no longer than asked (the lower end of the interval counts), the one that was searched with the largest
-    budget is chosen; of none, the fastest.
+def fit(groups: Sequence[Group], fixed: float, ratio: float, measure: Callable[[Gone], Sequence[Timing]]) -> Fit[Gone]:
+    """The units of each group that go, so that the model takes no longer than asked; see ``compress.time_budget.fit``.
 
     Args:
         groups: with time as their cost.
-        measure: the timing of a model without the given units, its ratio being to the whole model.
+        measure: timings of the whole model and of one without the given units, side by side.
 
     Raises:
         TooSmall: not even the smallest model is predicted to be as fast; ``least`` tells how long that takes.
     """
-    tried: list[Trial] = []
-    budget = ratio
-    for _ in range(_TRIES):
-        gone = _chosen(groups, fixed, budget, first=not tried)
-        if any(gone == trial.gone for trial in tried):
-            break
-        predicted = fixed + sum(group.costs(len(group.scores) - len(one)) for group, one in zip(groups, gone, strict=True))
-        tried.append(Trial(gone, budget, predicted, measure(gone)))
-        last = tried[-1]
-        if last.low <= ratio <= last.high + _LOOSE:
-            break
-        saved, wanted = max(1.0 - last.ratio, 1e-3), 1.0 - ratio
-        budget = max(_FURTHEST * ratio, min(1.0, 1.0 - wanted * (1.0 - last.predicted) / saved))
-    meeting = [trial for trial in tried if trial.low <= ratio]
-    chosen = max(meeting, key=lambda trial: trial.budget) if meeting else min(tried, key=lambda trial: trial.ratio)
-    return Fit(chosen, tuple(tried), bool(meeting))
+
+    def propose(budget: float, first: bool) -> tuple[Gone, float]:
+        gone = _chosen(groups, fixed, budget, first)
+        return gone, fixed + sum(group.costs(len(group.scores) - len(one)) for group, one in zip(groups, gone, strict=True))
+
+    return time_budget.fit(propose, ratio, measure)
 
 
-def _chosen(groups: Sequence[Group], fixed: float, budget: float, first: bool) -> list[list[int]]:
+def _chosen(groups: Sequence[Group], fixed: float, budget: float, first: bool) -> Gone:
     try:
         return choose(groups, fixed, budget)
     except TooSmall as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from calibrate.latency import Timing
-from compress.width.latency import Curve, Fit, curves, fit, timed_groups
+from compress.time_budget import Fit, short
+from compress.width.latency import Curve, Gone, curves, fit, timed_groups
 from compress.width.search import Group
 from compress.width.units import Units
 
@@ -27,9 +28,9 @@ def chosen_by_time(
     make: Callable[[list[list[int]]], nn.Module],
     latency: Latency,
     progress: Progress = lambda done, total, what: None,
-) -> tuple[list[list[int]], dict[str, Any]]:
-    """Numbers of the units that go, for each group, and what is to be told: the table of times, every set that was tried, what
-    was predicted and what was measured.
+) -> tuple[Fit[Gone], dict[str, Any]]:
+    """Numbers of the units that go, for each group, as they were found, and what is to be told: the table of times, every set
+    that was tried, what was predicted and what was measured.
 
     Args:
         groups: the units with their scores; their cost is measured here.
@@ -42,35 +43,13 @@ def chosen_by_time(
     progress(0, 2, "time of a few widths")
     found = curves(units, groups, make, latency)
     timed, fixed = timed_groups(groups, found)
-    whole: list[Timing] = []
 
-    def measure(gone: list[list[int]]) -> Timing:
+    def measure(gone: Gone) -> Sequence[Timing]:
         progress(1, 2, "time of the chosen widths")
-        before, after = latency([make([[] for _ in units]), make(gone)])
-        whole.append(before)
-        return after
+        return latency([make([[] for _ in units]), make(gone)])
 
     done = fit(timed, fixed, ratio, measure)
-    return done.chosen.gone, _told(units, found, done, ratio, whole) | latency.conditions
-
-
-def _told(units: Sequence[Units], found: Sequence[Curve], done: Fit, ratio: float, whole: Sequence[Timing]) -> dict[str, Any]:
-    chosen = done.chosen
-    return {
-        "asked": ratio,
-        "predicted": _short(chosen.predicted),
-        "measured": _short(chosen.ratio),
-        "low": _short(chosen.low),
-        "high": _short(chosen.high),
-        "met": done.met,
-        "ms_before": _short(whole[done.tried.index(chosen)].median_ms),
-        "ms_after": _short(chosen.timing.median_ms),
-        "tried": [
-            {"budget": _short(trial.budget), "predicted": _short(trial.predicted), "measured": _short(trial.ratio)}
-            for trial in done.tried
-        ],
-        "table": [_row(units, curve) for curve in found],
-    }
+    return done, done.json() | {"table": [_row(units, curve) for curve in found]} | latency.conditions
 
 
 def _row(units: Sequence[Units], curve: Curve) -> dict[str, Any]:
@@ -79,10 +58,6 @@ def _row(units: Sequence[Units], curve: Curve) -> dict[str, Any]:
         "kind": units[curve.members[0]].kind,
         "blocks": [units[number].block for number in curve.members],
         "stay": list(curve.kept),
-        "measured": [_short(value) for value in curve.measured],
-        "taken_as": [_short(value) for value in curve.ratios],
+        "measured": [short(value) for value in curve.measured],
+        "taken_as": [short(value) for value in curve.ratios],
     }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
