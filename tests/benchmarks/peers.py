@@ -78,9 +78,20 @@ def nncf_onnx(source: Path, path: Path, rows: Callable[[], Iterator[Arrays]]) ->
     onnx.save(quantized, str(path))
 
 
+def ort_nbits(source: Path, path: Path, rows: Callable[[], Iterator[Arrays]]) -> None:
+    """ONNX Runtime's MatMulNBits: weights of 4 bits in groups of 32, products in 8 bits (accuracy_level 4), no rows."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(str(source)), block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    onnx.save(quantizer.model.model, str(path))
+
+
 PEERS: dict[str, Callable[[Path, Path, Callable[[], Iterator[Arrays]]], None]] = {
     "ONNX Runtime quantize_dynamic": ort_dynamic,
     "ONNX Runtime quantize_static, matmuls": ort_static,
+    "ONNX Runtime MatMulNBits, 4 bits": ort_nbits,
     "NNCF quantize (ONNX)": nncf_onnx,
 }
 

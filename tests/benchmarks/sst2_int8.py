@@ -1,9 +1,11 @@
 """The INT8 benchmark on a text encoder: our files and the peers', made from the same rows and timed in one interleaved run.
 
-    python tests/benchmarks/sst2_int8.py [--out FOLDER] [--repeats N]
+    python tests/benchmarks/sst2_int8.py [--out FOLDER] [--repeats N] [--recipes NAME ...]
 
-Needs ``../shared`` (the fine-tuned MiniLM and SST-2). Every ratio, OpenVINO's too, is over the plain ``torch.onnx.export`` float
-file in ONNX Runtime, one thread, no session options but the thread count. OpenVINO's precision hint is f32 for every file.
+With ``--recipes`` (for example ``sst2-int8-best sst2-int4 sst2-w4a8``) the files of these recipes of the benchmarks stand beside
+the peers', and the cost of ``sst2-int8`` with other numbers of rows is not measured. Needs ``../shared`` (the fine-tuned MiniLM
+and SST-2) and onnxscript. Every ratio, OpenVINO's too, is over the plain ``torch.onnx.export`` float file in ONNX Runtime, one
+thread, no session options but the thread count. OpenVINO's precision hint is f32 for every file.
 """
 
 from __future__ import annotations
@@ -118,6 +120,20 @@ def ours(out: Path) -> dict[str, Any]:
     return found
 
 
+def of_recipes(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """``compress apply`` on recipes of the benchmarks: the file, seconds and peak MB of each."""
+    program = [str(Path(sys.executable).parent / "compress"), "apply"]
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        seconds, peak, code = timed([*program, str(RECIPES / f"{name}.yaml"), "--out", str(out / name), "--no-evaluation"])
+        file = out / name / "onnx" / "model.onnx"
+        if code:
+            print(f"{name}: exit {code}", file=sys.stderr)
+        if file.exists():
+            found[f"ours, {name}"] = {"file": file, "seconds": seconds, "mb": peak}
+    return found
+
+
 def judge(files: dict[str, Path], repeats: int) -> list[dict[str, Any]]:
     """Accuracy, agreement, SQNR on all evaluation rows and interleaved times at batch 1 and 8, in both runtimes."""
     import onnxruntime
@@ -191,15 +207,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-sst2-int8"))
     parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="recipes of the benchmarks, without .yaml")
     options = parser.parse_args()
     if not SHARED.is_dir():
         sys.exit("../shared is absent: the benchmark's model and data are not here")
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    costs = ours(out)
-    made = make(out)
-    files = {name: entry["file"] for name, entry in made.items()} | {"ours": out / "onnx" / "onnx" / "model.onnx"}
+    costs = ours(out) if not options.recipes else {}
+    made = make(out) | of_recipes(out, options.recipes)
+    files = {name: entry["file"] for name, entry in made.items()}
+    if costs:
+        files["ours"] = out / "onnx" / "onnx" / "model.onnx"
     rows = judge(files, options.repeats)
     _show(rows, made, costs, out)
     (out / "benchmark.json").write_text(json.dumps({"rows": rows, "ours": costs}, indent=2, default=str))
@@ -219,7 +238,7 @@ def _show(rows: list[dict[str, Any]], made: dict[str, Any], costs: dict[str, Any
         table.add_column(heading, justify="left" if heading == "file" else "right")
     base = rows[0]
     for row in rows:
-        cost = made.get(row["file"], costs["onnx"])
+        cost = made[row["file"]] if row["file"] in made else costs["onnx"]
         keys = ("b1_ms", "b8_ms", "openvino_b1_ms", "openvino_b8_ms")
         ratios = [f"{base[key.removeprefix('openvino_')] / row[key]:.2f}x" if key in row else "-" for key in keys]
         peak = f"{cost['mb']:.0f}" if cost["mb"] else "-"
@@ -233,7 +252,7 @@ def _show(rows: list[dict[str, Any]], made: dict[str, Any], costs: dict[str, Any
     for name, cost in costs.items():
         took = f"{cost['seconds']:.1f} s, peak {cost['mb']:.0f} MB, exit {cost['exit']}"
         console.print(f"compress apply --no-evaluation, {name}: {took}")
-    for name in ("onnx/model.onnx", "coreml/model.mlpackage", "tensorrt/model.engine"):
+    for name in () if not costs else ("onnx/model.onnx", "coreml/model.mlpackage", "tensorrt/model.engine"):
         console.print(f"{name}: {size_bytes(out / 'all' / name) / 1e6:.2f} MB")
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     console.print(f"(the benchmark's own process peaked at {usage:.0f} MB)")
