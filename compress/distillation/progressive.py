@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from calibrate.signature import Batch
 from compress.distillation.listening import count, hear, still
-from compress.distillation.muon import Muon, matrices
 from compress.distillation.training import Lesson
 
 __all__ = ["Exchange", "Road", "Travelled", "travel"]
@@ -48,7 +47,6 @@ class Road:
     Attributes:
         steps: of training.
         rate: the largest learning rate, of Adam; it rises over the first 5 % and falls to zero along a cosine.
-        matrix_rate: the same of Muon, for the weights of projections; None: Adam takes them too.
         decay: share of the steps over which the share falls to 0, linearly.
         fixed: share of the steps, the last ones, in which statistics do not change any more.
         checks: times that the held-out rows are asked after the share is 0.
@@ -64,7 +62,6 @@ class Road:
     clip: float = 1.0
     keep: int = 100
     seed: int = 0
-    matrix_rate: float | None = None
 
 
 @dataclass
@@ -120,25 +117,6 @@ def travel(
                 parameter.requires_grad_(grad)
 
 
-_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
-    Muon: ("momentum",),
-}
-"""What an optimizer remembers of each parameter."""
-
-
-def _optimizers(model: nn.Module, parameters: dict[str, nn.Parameter], road: Road) -> list[tuple[torch.optim.Optimizer, float]]:
-    """What makes the steps, each with its largest rate."""
-    wide = {} if road.matrix_rate is None else {id(one): one for one in matrices(model) if one.requires_grad}
-    rest = [one for one in parameters.values() if id(one) not in wide]
-    found: list[tuple[torch.optim.Optimizer, float]] = []
-    if rest:
-        found.append((torch.optim.Adam(rest, lr=road.rate, betas=(0.9, 0.98)), road.rate))
-    if wide and road.matrix_rate is not None:
-        found.append((Muon(wide.values(), road.matrix_rate), road.matrix_rate))
-    return found
-
-
 class _Travel:
     def __init__(
         self,
@@ -153,7 +131,7 @@ class _Travel:
         self.model, self.call, self.lesson, self.exchange = model, call, lesson, exchange
         self.road, self.progress, self.folder = road, progress, folder
         self.parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self.optimizers = _optimizers(model, self.parameters, road)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=road.rate, betas=(0.9, 0.98))
         self.best: dict[str, Tensor] = {}
         learnt = sum(one.numel() for one in self.parameters.values())
         self.told = Travelled(0.0, 0.0, 0, road.steps, count(lesson.fit), count(lesson.held), learnt)
@@ -201,20 +179,17 @@ class _Travel:
         """One step; False: the loss or its gradient is not finite, and nothing was changed."""
         warm = max(1, round(0.05 * self.road.steps))
         fall = (1 + math.cos(math.pi * (step - 1) / self.road.steps)) / 2
-        for optimizer, rate in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, step / warm) * fall
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.road.rate * min(1.0, step / warm) * fall
         loss = self._loss(self.lesson.fit[number], self.lesson.wanted[0][number])
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self.optimizer.zero_grad(set_to_none=True)
         if not loss.isfinite():
             return False
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.road.clip)
         if not norm.isfinite():
             return False
-        for optimizer, _ in self.optimizers:
-            optimizer.step()
+        self.optimizer.step()
         return True
 
     def _loss(self, batch: Batch, wanted: Any) -> Tensor:
@@ -256,11 +231,10 @@ class _Travel:
         from safetensors.torch import save_file
 
         moments = {
-            f"{key} {name}": tensor
+            f"{key} {name}": self.optimizer.state[one][key]
             for name, one in self.parameters.items()
-            for optimizer, _ in self.optimizers
-            if one in optimizer.state
-            for key, tensor in optimizer.state[one].items()
+            if one in self.optimizer.state
+            for key in ("step", "exp_avg", "exp_avg_sq")
         }
         best = {f"best {name}": one for name, one in self.best.items()}
         now = {f"now {name}": one.detach().clone() for name, one in self._tensors().items()}
@@ -289,12 +263,9 @@ class _Travel:
             return 0
         self._put({name: held[f"now {name}"] for name in self._tensors()})
         self.best = {name: held[f"best {name}"] for name in self._tensors()}
-        for optimizer, _ in self.optimizers:
-            mine = {id(one) for group in optimizer.param_groups for one in group["params"]}
-            keys = _MOMENTS[type(optimizer)]
-            for name, one in self.parameters.items():
-                if id(one) in mine and f"{keys[0]} {name}" in held:
-                    optimizer.state[one] = {key: held[f"{key} {name}"] for key in keys}
+        for name, one in self.parameters.items():
+            if f"step {name}" in held:
+                self.optimizer.state[one] = {key: held[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         told = facts["told"]
         self.told.loss_start, self.told.loss, self.told.best_step = told["loss_start"], told["loss"], told["best_step"]
         return int(facts["step"])

@@ -60,9 +60,6 @@ class ReplaceNorms(Pass):
     steps: PositiveInt = Field(3000, description="Steps of training.")
     rows: PositiveInt = Field(32, description="Calibration rows in one step.")
     rate: PositiveFloat = Field(5e-4, description="The largest learning rate, of Adam.")
-    matrix_rate: PositiveFloat | None = Field(
-        4e-3, description="The same of Muon, for the weights of projections; null: Adam takes them too."
-    )
     decay: float = Field(0.7, ge=0, le=0.9, description="Share of the steps over which the norms fade.")
 
     attention: Literal["softmax", "linear"] = Field(
@@ -125,7 +122,7 @@ class ReplaceNorms(Pass):
         exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch), others)
         for path, layer in zip([*linear, *faded], others, strict=True):
             context.surgery.attach(model, path, layer)
-        road = Road(self.steps, self.rate, self.decay, seed=context.seed, matrix_rate=self.matrix_rate)
+        road = Road(self.steps, self.rate, self.decay, seed=context.seed)
         taught = travel(model, context.call, lesson, exchange, road, context.progress, context.scratch)
         affine = {}
         with torch.no_grad():
