@@ -58,7 +58,7 @@ class Run:
         journal: what is finished already, and what the parts keep for one another.
         checkpoints: the model after each pass.
         each_pass: the files after each pass; None where they are written at the end only.
-        blocks: module paths of the float model's blocks.
+        anatomy: the parts of the float model.
         roles: which of its layers holds what.
     """
 
@@ -74,7 +74,7 @@ class Run:
     clock: Clock
     float_bytes: int
     each_pass: EachPass | None
-    blocks: list[str]
+    anatomy: Anatomy
     roles: Roles
 
     def traceable(self, model: nn.Module) -> Traceable:
@@ -85,7 +85,7 @@ class Run:
         """The model as a function of a batch."""
         return lambda batch: self.source.signature.call(model, batch)
 
-    def anatomy(self, model: nn.Module) -> Anatomy:
+    def parts(self, model: nn.Module) -> Anatomy:
         """The parts of the model as it is now."""
         return _anatomy(self.recipe, self.source, model, self.data)
 
@@ -175,7 +175,7 @@ def _begun(recipe: Recipe, out: Path, trust: bool, evaluate: bool, fresh: bool, 
         clock=clock,
         float_bytes=sum(entry.bytes for entry in inventory(source.model).values()),
         each_pass=EachPass(recipe, judge, journal.folder) if judge and recipe.measure.when == "each_pass" else None,
-        blocks=[block.path for block in anatomy.blocks],
+        anatomy=anatomy,
         roles=Roles.of(source.model, anatomy),
     )
 
@@ -196,7 +196,7 @@ def float_side(run: Run) -> list[Row]:
 
     def keep() -> None:
         rows = run.data.calibration.batches(run.data.batch_size)
-        keep_outputs(model, run.source.signature.call, run.blocks, rows, run.float_blocks)
+        keep_outputs(model, run.source.signature.call, [block.path for block in run.anatomy.blocks], rows, run.float_blocks)
 
     run.journal.part("float blocks", type(None), keep, makes=[run.float_blocks], says="float model: outputs of its blocks")
     if judge is None:

@@ -48,7 +48,7 @@ def passes(run: Run) -> tuple[Subject, list[StepRecord]]:
         record = run.journal.part(
             _part(number, step),
             StepRecord,
-            functools.partial(_carried_out, run, subject, number, step),
+            functools.partial(_carried_out, run, subject, number, step, before),
             makes=[run.checkpoints.path(number), *([run.out / nested.FOLDER] if step.nests else [])],
             says=f"pass {number} of {len(run.recipe.passes)}: {step.name}",
             # As in a recipe without those that were taken back.
@@ -129,9 +129,9 @@ def _last_part(run: Run, number: int, step: Pass) -> str:
     return _part(number, step) if run.each_pass is None else f"worth of {_part(number, step)}"
 
 
-def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRecord:
-    """Runs one pass and keeps the model as it is then."""
-    anatomy = run.anatomy(subject.model)
+def _carried_out(run: Run, subject: Subject, number: int, step: Pass, before: int) -> StepRecord:
+    """Runs one pass and keeps the model as it is then; ``before``: the last pass that stands, 0: the model is the float model."""
+    anatomy = run.parts(subject.model) if before else run.anatomy
     context = Context(
         signature=run.source.signature,
         anatomy=anatomy,
@@ -145,14 +145,14 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass) -> StepRec
         fingerprint=run.source.fingerprint,
         scratch=run.journal.folder / f"unfinished-{number}",
     )
-    before, started = inventory(subject.model), time.perf_counter()
+    held, started = inventory(subject.model), time.perf_counter()
     with placed(run.recipe, "passes", number - 1, step.name):
         subject.model = step.run(subject.model, context)
     after, seconds = inventory(subject.model), time.perf_counter() - started
     run.checkpoints.keep(subject, number)
     if context.nested is not None:
         nested.keep(run.checkpoints.path(number), context.nested, run.out / nested.FOLDER)
-    return _record(step, anatomy, before, after, context.report, seconds, run.fidelity(subject))
+    return _record(step, anatomy, held, after, context.report, seconds, run.fidelity(subject))
 
 
 def _latency(run: Run) -> Latency | None:
