@@ -39,7 +39,17 @@ def _declare_torchvision() -> torch.library.Library | None:
     return None
 
 
+def _remember() -> None:
+    """What ``find`` found is remembered, everywhere: before any other module takes hold of it."""
+    from remembered import remembered
+
+    import compress.anatomy
+
+    compress.anatomy.find = compress.anatomy.finding.find = remembered(compress.anatomy.find)
+
+
 _torchvision = _declare_torchvision()
+_remember()
 torch.set_num_threads(1)
 gc.set_threshold(50_000, 20, 100)  # libraries hold millions of objects that live for ever
 
