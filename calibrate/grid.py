@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Bits", "Granularity", "Grid", "pack", "unpack"]
+__all__ = ["Bits", "Granularity", "Grid", "offset", "pack", "unit", "unpack"]
 
-Bits = Literal[2, 4, 8]
+Bits = Literal[2, 3, 4, 8]
 Granularity = Literal["tensor", "channel", "group"]
 
 
@@ -85,33 +86,54 @@ class Grid:
         return (blocks * scale.unsqueeze(-1)).reshape(codes.shape)
 
 
+def unit(bits: int) -> tuple[int, int]:
+    """The least number of codes that fill whole bytes, and those bytes: (2, 1) for 4 bits, (8, 3) for 3, (4, 1) for 2."""
+    size = bits // math.gcd(bits, 8)
+    return 8 * size // bits, size
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes (int8, any shape) as bytes: int8 flat for 8 bits, else uint8, the first code in the lowest bits.
+    """Signed codes (int8, any shape) as bytes: int8 flat for 8 bits, else uint8, one code after the other without gaps, the first
+    in the lowest bits; a code of 3 bits may begin in one byte and end in the next.
 
     Codes are stored as two's complement, so 4-bit bytes equal those of ONNX INT4. The last byte is filled with zeros.
     """
     flat = codes.reshape(-1)
     if bits == 8:
         return flat.to(torch.int8)
-    per_byte = 8 // bits
-    missing = -flat.numel() % per_byte
-    fields = torch.nn.functional.pad(flat, (0, missing)).to(torch.uint8) & (2**bits - 1)
-    fields = fields.reshape(-1, per_byte)
-    packed = torch.zeros(fields.shape[0], dtype=torch.uint8, device=codes.device)
-    for position in range(per_byte):
-        packed |= fields[:, position] << (position * bits)
-    return packed
+    many, size = unit(bits)
+    fields = torch.nn.functional.pad(flat, (0, -flat.numel() % many)).to(torch.uint8) & (2**bits - 1)
+    fields = fields.reshape(-1, many)
+    packed = torch.zeros(fields.shape[0], size, dtype=torch.uint8, device=codes.device)
+    for position in range(many):
+        byte, place = divmod(position * bits, 8)
+        packed[:, byte] |= fields[:, position] << place
+        if place + bits > 8:
+            packed[:, byte + 1] |= fields[:, position] >> (8 - place)
+    return packed.reshape(-1)[: -(-flat.numel() * bits // 8)]
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | list[int]) -> Tensor:
     """The inverse of ``pack``: signed codes (int8) of the given shape."""
     if bits == 8:
         return packed.reshape(shape)
-    per_byte, sign = 8 // bits, 2 ** (bits - 1)
-    shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * bits
-    fields = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    count = 1
-    for size in shape:
-        count *= size
-    signed: Tensor = (fields.to(torch.int8) ^ sign) - sign
-    return signed.reshape(-1)[:count].reshape(shape)
+    many, size = unit(bits)
+    flat = packed.reshape(-1)
+    whole = torch.nn.functional.pad(flat, (0, -flat.numel() % size)).reshape(-1, size)
+    fields = torch.empty(len(whole), many, dtype=torch.uint8, device=packed.device)
+    for position in range(many):
+        byte, place = divmod(position * bits, 8)
+        fields[:, position] = whole[:, byte] >> place
+        if place + bits > 8:
+            fields[:, position] |= whole[:, byte + 1] << (8 - place)
+    sign = 2 ** (bits - 1)
+    signed: Tensor = ((fields & (2**bits - 1)).to(torch.int8) ^ sign) - sign
+    return signed.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def offset(packed: Tensor, bits: int) -> Tensor:
+    """Bytes of ``pack`` (any shape, whole units of codes) with every code c as ``c + 2**(bits-1)``, or back again: the sign bit
+    of each is turned over."""
+    many, size = unit(bits)
+    signs = pack(torch.full((many,), -(2 ** (bits - 1)), dtype=torch.int8, device=packed.device), bits)
+    return packed ^ signs.repeat(-(-packed.numel() // size))[: packed.numel()].reshape(packed.shape)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from export.coreml_weights import Target, stored_bits
+
 __all__ = ["package_bytes", "weight_bytes"]
 
 _BLOCK, _SMALLEST, _MANIFEST = 64, 10, 617
@@ -37,14 +39,14 @@ _KINDS = {
 _CARRIED = ("compress.binary", "compress.dequantize", "compress.embedding")
 
 
-def package_bytes(program: ExportedProgram, half: bool) -> int:
+def package_bytes(program: ExportedProgram, half: bool, target: Target = "iOS18") -> int:
     """Bytes of the files of a package; ``half``: floats in the program have 16 bits."""
-    return _MANIFEST + _text_bytes(program.graph) + weight_bytes(program, half)
+    return _MANIFEST + _text_bytes(program.graph) + weight_bytes(program, half, target)
 
 
-def weight_bytes(program: ExportedProgram, half: bool) -> int:
+def weight_bytes(program: ExportedProgram, half: bool, target: Target = "iOS18") -> int:
     """Bytes of ``weight.bin``."""
-    total = _BLOCK
+    total = _BLOCK + _beyond_codes(program, half, target)
     for tensor in _stored(program):
         bits = tensor.element_size() * 8
         if tensor.is_floating_point():
@@ -54,6 +56,27 @@ def weight_bytes(program: ExportedProgram, half: bool) -> int:
         if tensor.numel() >= _SMALLEST:
             total += _BLOCK + -(-tensor.numel() * bits // 8 // _BLOCK) * _BLOCK
     return total
+
+
+def _beyond_codes(program: ExportedProgram, half: bool, target: Target) -> int:
+    """Bytes that codes of 3 and 2 bits take beside what the graph holds of them: their tables, and a bit more where they lie in
+    four (``export.coreml_weights``)."""
+    names, state = _held(program)
+    counted: dict[Any, int] = {}
+    for node in program.graph.nodes:
+        first = {"compress.dequantize": 0, "compress.embedding": 1}.get(str(node.target).removesuffix(".default"))
+        if first is None or node.args[first + 3] > 3:
+            continue
+        codes, scale, _, bits, shape = node.args[first : first + 5]
+        rows, groups = scale.meta["val"].shape
+        count = math.prod(shape)
+        stored = stored_bits(target, bits, count // (rows * groups))
+        more = count * (stored - bits) // 8
+        if stored < 4 and target == "iOS18":
+            width = 2 if half else 4
+            more += rows * groups * (2**bits if groups > 1 else (2**bits - 1) * width)
+        counted[_identity(codes, names, state)] = more
+    return sum(counted.values())
 
 
 def _text_bytes(graph: fx.Graph) -> int:
@@ -67,9 +90,7 @@ def _text_bytes(graph: fx.Graph) -> int:
 
 def _stored(program: ExportedProgram) -> Iterator[Tensor]:
     """Constants that operations on real values read, each once: parameters, and what folds out of them."""
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    state: dict[str, Any] = {**program.state_dict, **program.constants}
+    names, state = _held(program)
     constant: set[fx.Node] = set()
     used: dict[Any, Tensor] = {}
     for node in program.graph.nodes:
@@ -84,6 +105,13 @@ def _stored(program: ExportedProgram) -> Iterator[Tensor]:
                 if item in constant and isinstance(held, Tensor):
                     used.setdefault(_identity(item, names, state), held)
     yield from used.values()
+
+
+def _held(program: ExportedProgram) -> tuple[dict[str, str], dict[str, Any]]:
+    """Placeholders by the names of what they hold, and that by its name."""
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    return names, {**program.state_dict, **program.constants}
 
 
 def _identity(node: fx.Node, names: dict[str, str], state: dict[str, Any]) -> Any:

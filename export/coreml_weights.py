@@ -4,21 +4,23 @@
 |---|---|---|
 | 8 bits | int8, ``constexpr_blockwise_shift_scale`` | int8, ``constexpr_affine_dequantize``: per tensor, per channel |
 | 4 bits | int4, ``constexpr_blockwise_shift_scale`` | packed indices, ``constexpr_lut_to_dense``: per tensor |
+| 3 bits | uint3 indices, as 2 bits; in groups of 64 and fewer int4, as 4 bits | as 4 bits |
 | 2 bits | uint2 indices, ``constexpr_lut_to_dense`` (per group its table is int8 and scaled) | as 4 bits |
 | 1 to 3 bases | uint1, uint2, uint3 indices, ``constexpr_lut_to_dense`` (but for +-1 its table is int8 and scaled) | none |
 
+A table of a group has a byte for each value: eight bytes for 64 weights or fewer make up for the bit that 3 bits save on 4.
 An index of a table is ``code + 2**(bits-1)``; of planes of bits, bit k of it is that of plane k.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["BinaryWeight", "Target", "Weight", "binary_refusal", "block_counts", "refusal"]
+__all__ = ["BinaryWeight", "Target", "Weight", "binary_refusal", "block_counts", "refusal", "stored_bits"]
 
 Target = Literal["iOS16", "iOS17", "iOS18"]
 Array = np.ndarray[Any, Any]
@@ -49,9 +51,12 @@ class Weight:
         reason = refusal(target, self.bits, self.codes.shape, self.scale.shape)
         if reason:
             raise ValueError(reason)
+        bits = stored_bits(target, self.bits, self.codes.size // self.scale.size)
+        if bits != self.bits:
+            return replace(self, bits=bits).emit(target, name)
         if target != "iOS18":
             return self._affine(name) if self.bits == 8 else self._packed_table(name)
-        if self.bits == 2:
+        if self.bits < 4:
             return self._table(name) if self.scale.shape[1] == 1 else self._table_of_codes(name)
         return self._shift_scale(name)
 
@@ -70,16 +75,17 @@ class Weight:
     def _table(self, name: str) -> Any:
         from coremltools.converters.mil.mil import Builder as mb
 
-        lut = self._levels().reshape(self.scale.shape[0], *[1] * (self.codes.ndim - 1), 4, 1)
+        lut = self._levels().reshape(self.scale.shape[0], *[1] * (self.codes.ndim - 1), 2**self.bits, 1)
         return mb.constexpr_lut_to_dense(indices=self._indices(), lut=lut, name=name)
 
     def _table_of_codes(self, name: str) -> Any:
-        """One table of the four codes a group, scaled by a ``shift_scale``: the order that systems before iOS 26 need."""
+        """One table of all codes a group, scaled by a ``shift_scale``: the order that systems before iOS 26 need."""
         from coremltools.converters.mil.mil import Builder as mb
 
         counts = block_counts(self.codes.shape, self.scale.shape)
         assert counts is not None
-        levels = np.broadcast_to(np.arange(-2, 2, dtype=np.int8)[:, None], (*counts, 4, 1))
+        half = 2 ** (self.bits - 1)
+        levels = np.broadcast_to(np.arange(-half, half, dtype=np.int8)[:, None], (*counts, 2 * half, 1))
         offset = None if self.zero_point is None else self.zero_point.reshape(*counts, 1, 1)
         lut = mb.constexpr_blockwise_shift_scale(
             data=np.array(levels), scale=self.scale.reshape(*counts, 1, 1), offset=offset, name=f"{name}_table"
@@ -118,7 +124,8 @@ class Weight:
     def _indices(self) -> Array:
         from coremltools.converters.mil.mil import types
 
-        return (self.codes + np.int8(2)).astype(types.nptype_from_builtin(types.uint2))
+        width = {2: types.uint2, 3: types.uint3}[self.bits]
+        return (self.codes + np.int8(2 ** (self.bits - 1))).astype(types.nptype_from_builtin(width))
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,12 @@ def _narrow(codes: Array, bits: int) -> Array:
     from coremltools.converters.mil.mil import types
 
     return codes.astype(types.nptype_from_builtin(types.int4))
+
+
+def stored_bits(target: Target, bits: int, size: int) -> int:
+    """Bits in which codes lie in a package; ``size``: weights that share a scale. Codes of 3 bits lie in 4 where there is no
+    table of eight values, or where the tables of groups would cost more than a bit a weight."""
+    return 4 if bits == 3 and (target != "iOS18" or size <= 64) else bits
 
 
 def block_counts(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:

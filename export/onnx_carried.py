@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibrate.grid import pack, unpack
+from calibrate.grid import offset, pack, unit, unpack
 from export.onnx_lowering import Lowering, lowers
 from export.onnx_ops import biased, broadcast
 from export.onnx_values import Carried, Held
@@ -153,27 +153,48 @@ def _bytes(b: Lowering, carried: Carried, flipped: bool, name: str) -> Held:
 
     def packed() -> np.ndarray[Any, Any]:
         codes = _integers(carried)
-        return _offset(pack((codes.t() if flipped else codes).contiguous(), carried.bits), carried.bits).numpy()
+        return offset(pack((codes.t() if flipped else codes).contiguous(), carried.bits), carried.bits).numpy()
 
     count = -(-math.prod(carried.matrix) * carried.bits // 8)
     return b.packed(packed, "UINT8", (count,), name)
 
 
-def _offset(packed: Tensor, bits: int) -> Tensor:
-    """Two's complement fields as code + 2**(bits-1): the sign bit of each is turned over."""
-    return packed ^ {4: 0x88, 2: 0xAA}[bits]
+def _thirds(b: Lowering, carried: Carried) -> Held:
+    """Codes of 3 bits as uint8 [rows, bytes], whole units of eight codes in three bytes: [O, ...] where they end with the rows,
+    else [1, ...]. A product and a table that hold the same codes read one initializer."""
+    many, size = unit(carried.bits)
+    outputs, inputs = carried.matrix
+    count = -(-math.prod(carried.matrix) // many) * size
+    shape = (outputs, inputs // many * size) if inputs % many == 0 else (1, count)
+
+    def packed() -> np.ndarray[Any, Any]:
+        whole = torch.nn.functional.pad(carried.codes, (0, count - carried.codes.numel()))
+        return offset(whole, carried.bits).reshape(shape).numpy()
+
+    b.note("Weights of 3 bits lie in the file as such and are unpacked when it is opened: to 8 bits for integer kernels, to 4 "
+           "where inputs are float; tables are unpacked row by row.")  # fmt: skip
+    held = _once(b, carried, "OI", lambda: b.packed(packed, "UINT8", shape, f"{carried.path}.codes"))
+    return _record(b, carried, held, order="OI", storage="bits")
 
 
 def _int8(b: Lowering, carried: Carried, flipped: bool) -> Held:
     """The codes as an int8 value; narrower ones are widened by nodes of constants, which runtimes fold at load."""
     if carried.binary:
         return _from_planes(b, carried, flipped)
+    if carried.bits == 3:
+        whole = _signed(b, carried, _thirds(b, carried), carried.matrix if flipped else carried.shape)
+        return b.transpose(whole, [1, 0]) if flipped else whole
     stored = _stored(b, carried, flipped)
     shape = carried.matrix[::-1] if flipped else carried.shape
     if carried.bits == 8:
         return stored
     if b.codes[carried.path]["storage"] != "bits":
         return b.op("Cast", stored, shape=shape, dtype=torch.int8, to=int(b.ir.DataType.INT8))
+    return _signed(b, carried, stored, shape)
+
+
+def _signed(b: Lowering, carried: Carried, stored: Held, shape: Sequence[int]) -> Held:
+    """Codes (int8) of the given shape from their bytes."""
     fields = _fields(b, stored, carried.bits, stored.shape)
     flat = b.reshape(fields, (math.prod(fields.shape),))
     count = math.prod(shape)
@@ -218,14 +239,22 @@ def _whole_numbers(b: Lowering, carried: Carried, name: str, values: Tensor) -> 
 
 
 def _fields(b: Lowering, packed: Held, bits: int, shape: Sequence[Any]) -> Held:
-    """Bytes [...] as their fields [..., 8 / bits], int32.
+    """Bytes [...] as their fields, int32: [..., 8 / bits], those of 3 bits [... / 3, 8].
 
     By Div and Mod: OpenVINO reads BitShift of bytes wrongly. What does it costs nothing when the file runs: it hangs on
     initializers alone, so that ONNX Runtime computes it once, when it opens the file, and runs INT8 kernels on the result.
     """
-    whole = b.cast(b.op("Unsqueeze", packed, b.ints(len(shape)), shape=(*shape, 1), dtype=torch.uint8), torch.int32)
-    steps = b.constant([2 ** (position * bits) for position in range(8 // bits)], torch.int32)
-    made = b.op("Div", whole, steps, shape=(*shape, 8 // bits), dtype=torch.int32)
+    many, size = unit(bits)
+    if size == 1:
+        whole = b.cast(b.op("Unsqueeze", packed, b.ints(len(shape)), shape=(*shape, 1), dtype=torch.uint8), torch.int32)
+    else:
+        shape = (*shape[:-1], shape[-1] // size)
+        parts = b.cast(b.reshape(packed, (*shape, size)), torch.int32)
+        places = b.constant([256**position for position in range(size)], torch.int32)
+        parts = b.op("Mul", parts, places, shape=parts.shape, dtype=torch.int32)
+        whole = b.op("ReduceSum", parts, b.ints(-1), shape=(*shape, 1), dtype=torch.int32, keepdims=1)
+    steps = b.constant([2 ** (position * bits) for position in range(many)], torch.int32)
+    made = b.op("Div", whole, steps, shape=(*shape, many), dtype=torch.int32)
     return b.op("Mod", made, b.constant(2**bits, torch.int32), shape=made.shape, dtype=torch.int32)
 
 
@@ -241,14 +270,33 @@ def dense(b: Lowering, carried: Carried, flipped: bool = False, folded: bool = F
     blocked = carried.groups > 1
     if folded or (blocked and (b.opset < 21 or len(carried.shape) > 2)):
         return _multiplied(b, carried, flipped)
+    if carried.bits == 3 and len(carried.shape) == 2 and b.opset >= 21:
+        return _as_four_bits(b, carried, flipped)
     unpacked = carried.binary or (carried.bits != 8 and b.codes_storage(carried) == "bits")
     codes = _int8(b, carried, flipped) if unpacked else _stored(b, carried, flipped)
     return _scaled(b, carried, codes, codes.shape, flipped)
 
 
-def _scaled(b: Lowering, carried: Carried, codes: Held, shape: Sequence[int], flipped: bool) -> Held:
-    """DequantizeLinear of codes in the given layout."""
-    kind = b.of(codes).type.dtype.name if b.of(codes).type is not None else "INT8"
+def _as_four_bits(b: Lowering, carried: Carried, flipped: bool) -> Held:
+    """DequantizeLinear of 3-bit codes [O, I] that a Cast makes INT4: runtimes fold it when they open the file, and ONNX Runtime
+    then makes MatMulNBits of that and the product, as of 4-bit codes. Scales of whole rows are repeated for blocks of at most 128
+    inputs, which its kernels run faster than the 32 that it would choose."""
+    codes = _int8(b, carried, flipped)
+    codes = b.op("Cast", codes, shape=codes.shape, dtype=torch.int8, to=int(b.ir.DataType.INT4))
+    block = _block(carried)
+    if carried.groups > 1 or carried.zero_point is not None or block is None or carried.matrix[1] == block:
+        return _scaled(b, carried, codes, codes.shape, flipped, "INT4")
+    (outputs, inputs), axis = carried.matrix, 0 if flipped else 1
+    counts = (inputs // block, outputs) if flipped else (outputs, inputs // block)
+    scale = _halved(b, carried.scale.reshape((1, -1) if flipped else (-1, 1)), f"{carried.path}.scale")
+    scale = b.op("Expand", b.pinned(scale) if scale.value is None else scale, b.ints(*counts), shape=counts, dtype=torch.float32)
+    return b.op("DequantizeLinear", codes, scale, shape=codes.shape, dtype=b.compute, axis=axis, block_size=block)
+
+
+def _scaled(b: Lowering, carried: Carried, codes: Held, shape: Sequence[int], flipped: bool, kind: str | None = None) -> Held:
+    """DequantizeLinear of codes in the given layout; ``kind``: their type, where their value does not say it."""
+    if kind is None:
+        kind = b.of(codes).type.dtype.name if b.of(codes).type is not None else "INT8"
     scale, zero, attributes = _parameters(b, carried, flipped, kind)
     if b.compute == torch.float16 and _coarse(carried.scale):
         scale.exact = True
@@ -334,7 +382,8 @@ def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) ->
     elif not integer and b.dialect != "tensorrt":
         b.note("Weights with float activations, or with scales per group, run in ONNX Runtime as MatMulNBits, which rounds "
                "activations to 8 bits per block (accuracy level 4).")  # fmt: skip
-    if b.dialect == "onnxruntime" and not integer and carried.bits < 8 and not carried.binary and (block := _block(carried)):
+    narrow = carried.bits in (2, 4) and not carried.binary
+    if b.dialect == "onnxruntime" and not integer and narrow and (block := _block(carried)):
         made = _n_bits(b, x, carried, block, shape)
     else:
         made = _dense_product(b, x, carried, shape, integer)
@@ -424,7 +473,7 @@ def _n_bits(b: Lowering, x: Held, carried: Carried, block: int, shape: Sequence[
     count = inputs // block
 
     def packed() -> np.ndarray[Any, Any]:
-        return _offset(pack(_integers(carried), carried.bits), carried.bits).reshape(outputs, count, -1).numpy()
+        return offset(pack(_integers(carried), carried.bits), carried.bits).reshape(outputs, count, -1).numpy()
 
     stored = (outputs, count, block * carried.bits // 8)
     codes = _once(b, carried, "NBits", lambda: b.packed(packed, "UINT8", stored, f"{carried.path}.codes"))
@@ -447,7 +496,7 @@ def _packed_zero_points(carried: Carried, count: int) -> Tensor:
     assert carried.zero_point is not None
     shifts = _spread(carried.zero_point, carried.matrix[0], count)
     missing = -count % (8 // carried.bits)
-    return torch.stack([_offset(pack(torch.nn.functional.pad(row, (0, missing)), carried.bits), carried.bits) for row in shifts])
+    return torch.stack([offset(pack(torch.nn.functional.pad(row, (0, missing)), carried.bits), carried.bits) for row in shifts])
 
 
 def patches(b: Lowering, x: Held, carried: Carried, bias: Held | None, attributes: dict[str, Any]) -> Held | None:
@@ -491,14 +540,17 @@ def rows(b: Lowering, ids: Held, carried: Carried) -> Held:
         picked = b.op("Gather", stored, ids, shape=(*ids.shape, channels), dtype=torch.int8, axis=0)
         values = b.cast(picked, torch.float32)
     else:
-        per_byte = 8 // carried.bits
+        width = channels * carried.bits // 8
 
         def packed() -> np.ndarray[Any, Any]:
-            return _offset(carried.codes, carried.bits).reshape(table, -1).numpy()
+            return offset(carried.codes, carried.bits).reshape(table, -1).numpy()
 
-        held = _once(b, carried, "rows", lambda: b.packed(packed, "UINT8", (table, channels // per_byte), name))
-        stored = _record(b, carried, held, order="OI", storage="bits")
-        picked = b.op("Gather", stored, ids, shape=(*ids.shape, channels // per_byte), dtype=torch.uint8, axis=0)
+        if carried.bits == 3:
+            stored = _thirds(b, carried)
+        else:
+            held = _once(b, carried, "rows", lambda: b.packed(packed, "UINT8", (table, width), name))
+            stored = _record(b, carried, held, order="OI", storage="bits")
+        picked = b.op("Gather", stored, ids, shape=(*ids.shape, width), dtype=torch.uint8, axis=0)
         fields = b.reshape(_fields(b, picked, carried.bits, picked.shape), (*ids.shape, channels))
         half = b.constant(2 ** (carried.bits - 1), torch.int32)
         values = b.cast(b.op("Sub", fields, half, shape=fields.shape, dtype=torch.int32), torch.float32)

@@ -14,7 +14,7 @@ import torch
 
 from calibrate.bits import integers
 from calibrate.errors import MissingRuntime, UserError
-from calibrate.grid import unpack
+from calibrate.grid import offset, unpack
 from export.contract import Contents
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _codes(held: Mapping[str, Any], place: Mapping[str, Any]) -> np.ndarray[Any,
     start, stop = place.get("start", 0), place.get("stop", outputs)
     if place["storage"] == "bits":
         bits = place["bits"]
-        packed = torch.from_numpy(np.array(tensor.numpy()).reshape(-1)) ^ {4: 0x88, 2: 0xAA}[bits]
+        packed = offset(torch.from_numpy(np.array(tensor.numpy()).reshape(-1)), bits)
         flat = unpack(packed, bits, [packed.numel() * 8 // bits])
         array = flat.numpy()[: place.get("rows", outputs) * inputs]
     else:

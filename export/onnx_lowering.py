@@ -395,7 +395,9 @@ class Lowering:
 
     def codes_storage(self, carried: Carried) -> str:
         """How ``export.onnx_carried`` stores codes of fewer than 8 bits for a DequantizeLinear."""
-        native = self.dialect == "tensorrt" or (carried.bits == 4 and self.opset >= 21) or self.opset >= 25
+        native = (
+            self.dialect == "tensorrt" or (carried.bits == 4 and self.opset >= 21) or (carried.bits == 2 and self.opset >= 25)
+        )
         return "native" if native else "bits"
 
 

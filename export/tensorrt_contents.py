@@ -50,8 +50,8 @@ def engine_report(path: Path) -> dict[str, Any]:
             "not_found": missing,
         }
     }
-    if narrow := [name for name, codes in given.codes.items() if _two_bits(codes)]:
-        told["note"] = f"codes of 2 bits are stored as INT4 ({len(narrow)} layers): TensorRT has nothing smaller"
+    if narrow := [name for name, codes in given.codes.items() if _few_bits(codes)]:
+        told["note"] = f"codes of 2 or 3 bits are stored as INT4 ({len(narrow)} layers): TensorRT has nothing smaller"
     listing = read_listing(plan)
     if listing is None:
         return told | {"listing": "the engine holds no listing that can be read"}
@@ -91,5 +91,5 @@ def _fewer_integers(listing: Listing, given: Contents) -> bool:
     return any(listing.constant_bytes.get(kind, 0) < given.bytes_by_dtype.get(kind, 0) for kind in ("int8", "int4"))
 
 
-def _two_bits(codes: np.ndarray[Any, Any]) -> bool:
-    return codes.size > 0 and int(codes.min()) >= -2 and int(codes.max()) <= 1
+def _few_bits(codes: np.ndarray[Any, Any]) -> bool:
+    return codes.size > 0 and int(codes.min()) >= -4 and int(codes.max()) <= 3

@@ -50,7 +50,7 @@ def explicit() -> Iterator[None]:
 
 
 def _dequantize(b: Lowering, codes: Held, scale: Held, zero_point: Held | None, bits: int, shape: Sequence[int]) -> Held:
-    """DequantizeLinear of codes in the weight's own shape; 2-bit codes are stored as INT4."""
+    """DequantizeLinear of codes in the weight's own shape; narrower codes are stored as INT4."""
     assert codes.const is not None
     assert scale.const is not None
     path = codes.name.removesuffix(".codes").removesuffix(".quantized_weight")

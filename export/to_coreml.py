@@ -98,7 +98,7 @@ class CoreMLExporter(Exporter):
         self.check(source)
         stored = sum(tensor.nbytes for tensor in {id(t): t for t in source.model.state_dict().values()}.values())
         with quiet():
-            size = package_bytes(self._program(source), self._floats(source.model) == "float16")
+            size = package_bytes(self._program(source), self._floats(source.model) == "float16", self.target)
         reason = f"its inputs are not quantized: the weight is made {self.precision} and multiplied so"
         return Forecast(size, _CONVERSION + int(1.3 * stored), dict.fromkeys(weight_only(source.model), reason))
 

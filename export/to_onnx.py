@@ -181,7 +181,8 @@ class OnnxExporter(Exporter):
     filename: ClassVar[str] = "onnx/model.onnx"
 
     dialect: Literal["onnxruntime", "portable"] = Field(
-        "onnxruntime", description="portable uses standard operators only; onnxruntime adds MatMulNBits for 4- and 2-bit weights."
+        "onnxruntime",
+        description="portable uses standard operators only; onnxruntime adds MatMulNBits for weights of fewer bits.",
     )
     dynamic: tuple[str, ...] = Field(("batch",), description="Dimensions that stay free: batch, tokens.")
     batch: PositiveInt = Field(1, description="Rows of the file where batch is not dynamic.")

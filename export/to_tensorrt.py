@@ -87,7 +87,7 @@ class TensorRTExporter(Exporter):
         return "tensorrt-rtx" if builder == "tensorrt" and _installed("tensorrt") and gpu_name() is None else builder
 
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
-        """What TensorRT has no form for. Codes of 2 bits are taken: they are stored, unchanged, as INT4."""
+        """What TensorRT has no form for. Codes of 2 and 3 bits are taken: they are stored, unchanged, as INT4."""
         return [
             (path, reason)
             for path, module in model.named_modules()

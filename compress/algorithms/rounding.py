@@ -20,7 +20,7 @@ __all__ = ["WeightRange", "codes_of", "multiples", "rounding_loss", "scales_of"]
 WeightRange = Literal["minmax", "mse"]
 
 _PIECE = 2**20
-_SEARCH = {8: (0.8, 21), 6: (0.65, 36), 4: (0.5, 51), 2: (0.2, 81)}
+_SEARCH = {8: (0.8, 21), 6: (0.65, 36), 4: (0.5, 51), 3: (0.35, 66), 2: (0.2, 81)}
 """Bits -> the smallest fraction of the range that is tried, and how many fractions."""
 
 

@@ -77,11 +77,13 @@ class Quantize(Pass):
         description="nncf: ranges, factors, biases and codes are found by NNCF (Intel's toolkit, extra nncf) on the torch model; "
         "an option that it lacks is refused.",
     )
-    weights: Bits = Field(8, description="Bits of each weight.")
+    weights: Bits = Field(
+        8, description="Bits of each weight. TensorRT holds 3 and 2 in 4, Core ML 3 in 4 where groups have 64 inputs or fewer."
+    )
     granularity: Granularity | None = Field(
         None,
         description="One scale for each output channel, group of inputs, or tensor. Default: channel for 8 bits, group "
-        "for 4 and 2 bits; convolutions and embeddings are per channel (row) unless this says tensor.",
+        "below; convolutions and embeddings are per channel (row) unless this says tensor.",
     )
     group_size: PositiveInt | None = Field(
         None, description="Inputs that share a scale; has to divide the inputs. Default: 32 where groups are used."
@@ -153,7 +155,7 @@ class Quantize(Pass):
     group_scales: Literal["free", "multiples"] = Field(
         "free",
         description="multiples: the scales of a channel's groups are whole multiples of one step, so that static 8-bit inputs "
-        "and 4- or 2-bit weights in groups meet on integer kernels in ONNX Runtime and OpenVINO.",
+        "and weights of fewer bits in groups meet on integer kernels in ONNX Runtime and OpenVINO.",
     )
     embedding_group_size: PositiveInt | None = Field(
         None, description="Columns of a table's row that share a scale. Default: the whole row."
@@ -184,8 +186,8 @@ class Quantize(Pass):
     )
     embedding_rounding: Literal["nearest", "gptq"] = Field(
         "nearest",
-        description="gptq: rows of tables of 4 or 2 bits so that the model's outputs change least, by GPTQ with their gradients "
-        "on at most 512 rows in the place of a layer's inputs.",
+        description="gptq: rows of tables of fewer than 8 bits so that the model's outputs change least, by GPTQ with their "
+        "gradients on at most 512 rows in the place of a layer's inputs.",
     )
     scale_rounds: NonNegativeInt = Field(
         0,
@@ -219,7 +221,7 @@ class Quantize(Pass):
         if self.group_size and self.granularity in ("channel", "tensor"):
             raise ValueError(f"group_size has no meaning with granularity {self.granularity}")
         if self.group_scales == "multiples" and self.weights == 8 and not self.several:
-            raise ValueError("group_scales: multiples is for weights of 4 or 2 bits in groups")
+            raise ValueError("group_scales: multiples is for weights of fewer than 8 bits in groups")
         if self.reduce_range and self.activations == "none":
             raise ValueError("reduce_range says nothing where inputs are not rounded\nLeave it out.")
         if self.mixed is not None and not self.mixed.budgets and self.max_drop is None:
@@ -251,8 +253,8 @@ class Quantize(Pass):
             return "range: hessian searches the ranges of static activations\nUse activations: static, or leave it out."
         if "range_rows" in self.chosen and self.range != "hessian":
             return f"range_rows says nothing with range: {self.range}\nLeave it out, or use range: hessian."
-        if self.embedding_rounding == "gptq" and self.embeddings not in (4, 2):
-            return "embedding_rounding: gptq is for tables of 4 or 2 bits\nAdd embeddings: 4, or leave it out."
+        if self.embedding_rounding == "gptq" and self.embeddings in (None, 8):
+            return "embedding_rounding: gptq is for tables of fewer than 8 bits\nAdd embeddings: 4, or leave it out."
         if self.scale_rounds and self.rounding not in ("gptq", "reconstruct"):
             return f"scale_rounds says nothing with rounding: {self.rounding}\nLeave it out, or use rounding: gptq."
         if self.scale_rounds and self.granularity == "tensor":

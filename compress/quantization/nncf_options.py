@@ -62,8 +62,8 @@ def _weights_refusal(step: Quantize) -> str | None:
         return "granularity: NNCF compresses weights by channel or group\nUse channel or group, or engine: own."
     if step.weights == 8 and (step.granularity == "group" or step.group_size):
         return "granularity: NNCF has groups for weights of 4 bits only\nUse weights: 4, or engine: own."
-    if step.embeddings == 2:
-        return "embeddings: NNCF has no 2 bits\nUse 8 or 4, or engine: own."
+    if step.embeddings in (2, 3):
+        return f"embeddings: NNCF has no {step.embeddings} bits\nUse 8 or 4, or engine: own."
     if step.scale_estimation and step.weights == 8:
         return "scale_estimation: NNCF has it for weights of 4 bits only\nLeave it out."
     return None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibrate.grid import Bits, Granularity, Grid, pack, unpack
+from calibrate.grid import Bits, Granularity, Grid, offset, pack, unpack
 
 GRIDS = [
     Grid(bits, symmetric, granularity, 8 if granularity == "group" else None)
-    for bits in (8, 4, 2)
+    for bits in (8, 4, 3, 2)
     for symmetric in (True, False)
     for granularity in ("tensor", "channel", "group")
 ] + [Grid(8, symmetric, "channel", None, True) for symmetric in (True, False)]
@@ -59,14 +60,14 @@ def test_zero_is_returned_exactly(symmetric: bool) -> None:
 def test_more_bits_are_never_worse(granularity: Granularity) -> None:
     values = torch.randn(16, 64)
     quality = []
-    choices: tuple[Bits, ...] = (2, 4, 8)
+    choices: tuple[Bits, ...] = (2, 3, 4, 8)
     for bits in choices:
         grid = Grid(bits, False, granularity, 16 if granularity == "group" else None)
         scale, zero_point = fitted(grid, values)
         noise = values - grid.dequantize(grid.quantize(values, scale, zero_point), scale, zero_point)
         quality.append(10 * math.log10(float(values.square().sum() / noise.square().sum())))
     assert quality == sorted(quality)
-    assert quality[2] > 35
+    assert quality[3] > 35
 
 
 def test_a_row_of_zeros_survives() -> None:
@@ -81,7 +82,7 @@ def test_groups_that_do_not_divide_are_refused() -> None:
         Grid(4, True, "group", 5).blocks(torch.zeros(3, 12))
 
 
-@given(st.sampled_from([2, 4, 8]), st.integers(1, 5), st.integers(1, 17), st.integers(0, 99))
+@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 17), st.integers(0, 99))
 def test_packing_is_reversible_and_as_small_as_promised(bits: int, rows: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     half = 2 ** (bits - 1)
@@ -94,3 +95,14 @@ def test_packing_is_reversible_and_as_small_as_promised(bits: int, rows: int, co
 def test_the_first_code_takes_the_lowest_bits() -> None:
     assert pack(torch.tensor([1, -2], dtype=torch.int8), 4).tolist() == [0xE1]
     assert pack(torch.tensor([1, -2, 0, -1], dtype=torch.int8), 2).tolist() == [0b11001001]
+    assert pack(torch.tensor([1, -2, -1], dtype=torch.int8), 3).tolist() == [0b11110001, 0b1]
+
+
+@given(st.sampled_from([2, 3, 4]), st.integers(1, 9), st.integers(0, 99))
+def test_codes_without_sign_are_the_same_fields_moved_by_half(bits: int, units: int, seed: int) -> None:
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (24 * units,), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    moved = offset(pack(codes, bits), bits).numpy()
+    stream = np.unpackbits(moved, bitorder="little").reshape(-1, bits)
+    assert np.array_equal((stream << np.arange(bits)).sum(1) - half, codes.numpy())
+    assert torch.equal(offset(torch.from_numpy(moved), bits), pack(codes, bits))

@@ -15,7 +15,10 @@ pytest.importorskip("coremltools", reason="Core ML needs coremltools")
 
 from calibrate.errors import UserError
 from calibrate.grid import Grid
+from calibrate.signature import Signature, TensorSpec
+from export.coreml_forecast import weight_bytes
 from export.coreml_weights import block_counts, refusal
+from export.graph import Traceable
 from export.mil import Program
 from export.mil_package import WEIGHTS, Package, Stored
 from export.to_coreml import CoreMLExporter
@@ -28,6 +31,7 @@ GRIDS = {
     "4 per group": Grid(4, granularity="group", group_size=4),
     "4 per group, asymmetric": Grid(4, symmetric=False, granularity="group", group_size=4),
     "4 per channel, asymmetric": Grid(4, symmetric=False),
+    "3 per tensor": Grid(3, granularity="tensor"),
     "2 per channel": Grid(2),
     "2 per group, asymmetric": Grid(2, symmetric=False, granularity="group", group_size=4),
     "2 per tensor": Grid(2, granularity="tensor"),
@@ -40,7 +44,7 @@ ON_IOS16 = {
     "2 per tensor": Grid(2, granularity="tensor"),
 }
 CASES = [("iOS18", name, grid) for name, grid in GRIDS.items()] + [("iOS16", name, grid) for name, grid in ON_IOS16.items()]
-STORED = {8: "int8", 4: "int4", 2: "uint2"}
+STORED = {8: "int8", 4: "int4", 3: "uint3", 2: "uint2"}
 
 
 def sites(model: nn.Module) -> dict[str, Any]:
@@ -212,3 +216,26 @@ def test_groups_of_inputs_as_blocks_of_the_weight(shape: Any, groups: int, count
     for axis, size in enumerate(shape):
         blocks = np.repeat(blocks, size // blocks.shape[axis], axis)
     assert np.array_equal(flat, blocks)
+
+
+@pytest.mark.parametrize(
+    ("group", "symmetric", "kind"), [(32, False, "int4"), (128, True, "uint3"), (128, False, "uint3"), (None, False, "uint3")]
+)
+def test_three_bits_lie_in_the_smaller_of_two_forms(group: int | None, symmetric: bool, kind: str, tmp_path: Path) -> None:
+    """A table of eight values a group, against a bit more a weight; the plan counts the bytes of either."""
+    torch.manual_seed(0)
+    model = quantized(nn.Sequential(nn.Linear(256, 64)).eval(), Grid(3, symmetric, "group" if group else "channel", group))
+    example = {"input": torch.randn(2, 256)}
+    signature = Signature((TensorSpec("input", torch.float32, ("batch", 256)),))
+    exporter, source = CoreMLExporter(precision="float32"), Traceable(model, signature, example, "one layer")
+    told, path = weight_bytes(exporter._program(source), half=False), exporter.write(source, tmp_path / "m.mlpackage").path
+    contents = exporter.contents(path)
+    assert np.array_equal(contents.codes["0"], model[0].quantized_weight.integers().numpy())
+    assert sqnr(*_outputs(model, signature, example, exporter, path)) >= 110
+    scales = 64 * 256 // (group or 256)
+    zeros, tables = 0 if symmetric else scales, 8 * scales if group else 0
+    forms = {"int4": 64 * 256 // 2 + zeros // 2, "uint3": 64 * 256 * 3 // 8 + tables + (zeros if group else 0)}
+    assert min(forms, key=forms.__getitem__) == kind
+    held = sum(size for name, size in contents.bytes_by_dtype.items() if "int" in name)
+    assert forms[kind] <= held <= forms[kind] + 3 * 64
+    assert abs(told - (path / WEIGHTS).stat().st_size) <= 3 * 128

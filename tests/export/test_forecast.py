@@ -73,7 +73,8 @@ def encoder(grid: Grid, static: bool) -> Traceable:
 
 
 W8A8, W4 = (Grid(8, True, "channel"), True), (Grid(4, True, "group", 32), False)
-each_kind = pytest.mark.parametrize("kind", [W8A8, W4], ids=["w8a8", "w4"])
+W3 = (Grid(3, True, "group", 32), False)
+each_kind = pytest.mark.parametrize("kind", [W8A8, W4, W3], ids=["w8a8", "w4", "w3"])
 
 
 @each_kind

@@ -149,13 +149,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "static asymmetric": {"symmetric": False},
     "static per tensor": {"tensor": True},
     "static 4": {"bits": 4},
+    "static 3": {"bits": 3},
     "static 2": {"bits": 2},
     "static 4 stepped groups": {"bits": 4, "group": 16, "stepped": True},
     "static 4 stepped groups with zero points": {"bits": 4, "group": 16, "stepped": True, "symmetric": False},
+    "static 3 stepped groups": {"bits": 3, "group": 8, "stepped": True},
     "static 2 stepped groups": {"bits": 2, "group": 8, "stepped": True},
     "dynamic": {"activations": "dynamic"},
     "dynamic asymmetric": {"activations": "dynamic", "symmetric": False},
     "dynamic 4": {"activations": "dynamic", "bits": 4},
+    "dynamic 3 asymmetric": {"activations": "dynamic", "bits": 3, "symmetric": False},
 }
 WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "8": {"bits": 8},
@@ -163,6 +166,9 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "4": {"bits": 4},
     "4 groups": {"bits": 4, "group": 16},
     "4 asymmetric": {"bits": 4, "group": 16, "symmetric": False},
+    "3": {"bits": 3},
+    "3 groups": {"bits": 3, "group": 16},
+    "3 asymmetric": {"bits": 3, "group": 16, "symmetric": False},
     "2 groups": {"bits": 2, "group": 16},
     "2 asymmetric": {"bits": 2, "symmetric": False},
 }

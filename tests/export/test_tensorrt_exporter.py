@@ -120,13 +120,14 @@ def _sqnr(reference: Tensor, other: Tensor) -> float:
     return float(10 * torch.log10(reference.double().square().sum() / error))
 
 
-INT8, INT4, INT2 = Grid(8), Grid(4, granularity="group", group_size=16), Grid(2)
+INT8, INT4, INT3, INT2 = Grid(8), Grid(4, granularity="group", group_size=16), Grid(3), Grid(2)
 CASES = {
     "w8a8": (INT8, "static", {}, "int8"),
     "w8a8 float32": (INT8, "static", {"precision": "float32"}, "int8"),
     "w8": (INT8, None, {}, "int8"),
     "w4 groups": (INT4, None, {}, "int4"),
     "w4a8": (Grid(4), "static", {}, "int4"),
+    "w3": (INT3, None, {}, "int4"),
     "w2": (INT2, None, {}, "int4"),
     "tokens": (INT8, "static", {"dynamic": ["batch", "tokens"], "profile": {"tokens": [2, 8, 12]}}, "int8"),
     "fixed": (INT8, "static", {"dynamic": [], "batch": 2}, "int8"),
@@ -178,7 +179,7 @@ def test_the_same_codes_are_in_the_engine_and_the_proxy_agrees(case: str, tmp_pa
     assert (found["layers"], found["found"], found["not_found"]) == (len(codes), len(codes), [])
     assert artifact.details["kernels"] >= 8
     assert artifact.details["fully_connected"] >= 5
-    assert ("note" in artifact.details) == (case == "w2")
+    assert ("note" in artifact.details) == (case in ("w3", "w2"))
 
     runner = exporter.open(path, threads=1)
     assert (runner.how, runner.measurable, runner.rows) == ("proxy", False, 2 if case == "fixed" else None)

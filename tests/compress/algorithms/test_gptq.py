@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibrate.grid import Grid
+from calibrate.grid import Bits, Grid
 from compress.algorithms.gptq import NotPositiveDefinite, gptq, output_error, refined
-from compress.algorithms.rounding import codes_of, scales_of
+from compress.algorithms.rounding import WeightRange, codes_of, scales_of
 
 GRIDS = [
     Grid(8), Grid(4), Grid(2), Grid(4, False), Grid(4, True, "tensor"), Grid(4, True, "group", 8), Grid(4, False, "group", 16),
-    Grid(2, False, "group", 8),
+    Grid(2, False, "group", 8), Grid(3, False, "group", 8),
 ]  # fmt: skip
 each_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.bits}-{grid.granularity}-{grid.symmetric}")
 
@@ -152,3 +152,20 @@ def test_a_hessian_that_is_none_is_refused() -> None:
     hessian[0, 1] = hessian[1, 0] = 10 * float(hessian.diagonal().max())
     with pytest.raises(NotPositiveDefinite, match="Cholesky"):
         gptq(weight, hessian, grid, *parameters)
+
+
+@pytest.mark.parametrize("how", ["minmax", "mse"])
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_each_bit_more_costs_the_output_less(how: WeightRange, group: int | None, symmetric: bool) -> None:
+    """A step is halved by each bit: 6 dB where steps are small beside the weights. A symmetric grid of few bits wastes a code:
+    from 3 codes at 2 bits to 7 it gains more."""
+    weight, hessian = problem()
+    errors = []
+    choices: tuple[Bits, ...] = (2, 3, 4)
+    for bits in choices:
+        grid = Grid(bits, symmetric, "group" if group else "channel", group)
+        parameters = scales_of(weight, grid, how)
+        codes = refined(weight, gptq(weight, hessian, grid, *parameters), hessian, grid, *parameters, 2)
+        errors.append(float(loss(weight, codes, hessian, grid, *parameters).sum()))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]

@@ -88,6 +88,18 @@ def test_bits_dealt_out_at_random_are_a_control_without_a_budget_of_size_too(how
     assert sizes[0] < sizes[1]
 
 
+def test_three_bits_are_taken_where_they_pay() -> None:
+    """Between the bytes of 2 and 4 bits everywhere a third choice can only help: the knapsack is exact."""
+    options = {"size_ratio": 0.16, "rows": 32}
+    with_three = on_digits({"candidates": [4, 3, 2], **options}).context.report["mixed"]
+    without = on_digits({"candidates": [4, 2], **options}).context.report["mixed"]
+    chosen = [entry["chosen"] for entry in with_three["sites"]]
+    assert "3" in chosen
+    assert with_three["predicted_db"] > without["predicted_db"]
+    roomy = on_digits({"candidates": [8, 3], "size_ratio": 0.9, "rows": 32}).context.report["mixed"]
+    assert {entry["chosen"] for entry in roomy["sites"]} == {"8"}
+
+
 def test_what_is_told_can_be_written_as_overrides() -> None:
     trial = on_digits({"candidates": [8, 4, {"weights": 8, "activations": "none"}], "size_ratio": 0.25})
     overrides = trial.context.report["mixed"]["overrides"]
