@@ -18,7 +18,18 @@ from calibrate.modes import evaluating
 from calibrate.ranges import Observer
 from calibrate.signature import Batch
 
-__all__ = ["Captured", "Enough", "capture", "counted", "given", "received", "shared_inputs", "split"]
+__all__ = [
+    "Captured",
+    "Enough",
+    "capture",
+    "channels_last",
+    "counted",
+    "given",
+    "received",
+    "shared_inputs",
+    "split",
+    "visiting",
+]
 
 Call = Callable[[nn.Module, Batch], Any]
 
@@ -86,7 +97,7 @@ def capture(
         sweep = _Sweep({path: requests[path] for path in requests if leaders.get(path, path) == path})
         if not whole:
             sweep.last = _inputs_in_one_call(model, call, first, sweep.requests)
-        with _hooks(model, sweep.requests, sweep.observe):
+        with visiting(model, sweep.requests, sweep.observe):
             for number, batch in enumerate(itertools.chain([first], pieces)):
                 sweep.start(number, batch)
                 with suppress(Enough):
@@ -119,7 +130,7 @@ def shared_inputs(model: nn.Module, call: Call, batch: Batch, asked: Mapping[str
             known = seen[id(x)] = (weakref.ref(x), next(numbers))
         received[path].append(known[1])
 
-    with evaluating(model), _hooks(model, asked, note):
+    with evaluating(model), visiting(model, asked, note):
         call(model, {name: tensor[:1] for name, tensor in batch.items()})
     leaders: dict[tuple[Any, ...], str] = {}
     found = {}
@@ -150,7 +161,7 @@ def received(model: nn.Module, call: Call, path: str, batch: Batch) -> Tensor:
         seen.append(x.detach())
         raise Enough
 
-    with _hooks(model, [path], note), suppress(Enough):
+    with visiting(model, [path], note), suppress(Enough):
         call(model, batch)
     return seen[0]
 
@@ -224,7 +235,7 @@ class _Sweep:
         valid = counted(x, self.mask)
         if valid is None and self.mask is not None:
             self.unmasked.add(path)
-        values = _channels_last(module, x)
+        values = channels_last(module, x)
         matrix = (values if valid is None else values[valid.to(values.device)]).reshape(-1, values.shape[-1])
         if matrix.numel() == 0:
             return
@@ -255,13 +266,15 @@ class _Sweep:
 def _inputs_in_one_call(model: nn.Module, call: Call, batch: Batch, paths: Iterable[str]) -> int:
     """How many inputs the modules at these paths receive in one call."""
     seen: list[str] = []
-    with _hooks(model, paths, lambda path, module, x: seen.append(path)):
+    with visiting(model, paths, lambda path, module, x: seen.append(path)):
         call(model, {name: tensor[:1] for name, tensor in batch.items()})
     return len(seen)
 
 
 @contextmanager
-def _hooks(model: nn.Module, paths: Iterable[str], visit: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+def visiting(model: nn.Module, paths: Iterable[str], visit: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Tells ``visit`` the path, the module and the first tensor that it receives, each time one of the modules runs."""
+
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             visit(path, module, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
@@ -282,7 +295,8 @@ def _channel_axis(module: nn.Module) -> int:
     return 1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1
 
 
-def _channels_last(module: nn.Module, x: Tensor) -> Tensor:
+def channels_last(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module receives as [..., C], whether it is a convolution or not."""
     return x.detach().movedim(_channel_axis(module), -1)
 
 

@@ -44,6 +44,8 @@ class Seen:
         smoothed: None where the input is rounded as it is.
         folded: the module that makes the input and has the factors inside; None: the layer multiplies.
         searched: ranges that hold in the place of those seen.
+        ordinary_mean: mean of what the layer receives [C] at positions without massive activations; None: there are none.
+        kept: a range of what is rounded that holds in the place of all others: that of the positions without massive activations.
     """
 
     ranged: RangeObserver
@@ -52,6 +54,8 @@ class Seen:
     smoothed: Smoothing | None = None
     folded: str | None = None
     searched: Searched | None = None
+    kept: tuple[float, float] | None = None
+    ordinary_mean: Tensor | None = None
 
     @classmethod
     def of(cls, captured: Captured, path: str) -> Seen:
@@ -68,6 +72,8 @@ class Seen:
     @property
     def mean(self) -> Tensor:
         """Mean of what the layer receives [C], a folded factor in it."""
+        if self.ordinary_mean is not None:
+            return self.ordinary_mean
         folded = self.smoothed is not None and self.folded is not None
         return self.channels.mean * self.smoothed.factor if folded and self.smoothed else self.channels.mean
 
@@ -108,6 +114,9 @@ def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dic
     if seen.searched is not None:
         low, high = seen.searched.low, seen.searched.high
         says |= {"method": method, "clipped_percent": None, "search_gain_db": finite(seen.searched.gain_db)}
+    if seen.kept is not None:
+        low, high = seen.kept
+        says |= {"method": "without massive activations", "clipped_percent": None}
     scale, zero_point = storable(grid, torch.tensor(low), torch.tensor(high))
     activation.scale.copy_(scale)
     if zero_point is not None:

@@ -67,7 +67,8 @@ class Quantize(Pass):
     source: ClassVar[str] = (
         "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
         "Frantar et al. 2023, arXiv 2210.17323; Nagel et al. 2020, arXiv 2004.10568; Li et al. 2021, arXiv 2102.05426; Behdin et "
-        "al. 2023, arXiv 2309.01885; Yuan et al. 2022, arXiv 2111.12293; Zhang et al. 2024, arXiv 2403.07134; "
+        "al. 2023, arXiv 2309.01885; Yuan et al. 2022, arXiv 2111.12293; Zhang et al. 2024, arXiv 2403.07134; Sun et al. 2024, "
+        "arXiv 2402.17762; "
         "engine: nncf: Kozlov et al. 2020, arXiv 2002.08679; mixed: Hubara et al. 2020, arXiv 2006.10518"
     )
     needs_calibration: ClassVar[bool] = True
@@ -121,6 +122,13 @@ class Quantize(Pass):
     range_rows: PositiveInt = Field(64, description="With range: hessian: calibration rows that run with gradients.")
     percentile: float = Field(
         99.99, gt=50, le=100, description="Per cent of the values that the range holds, for range: percentile."
+    )
+    massive_activations: Literal["protect", "ignore"] = Field(
+        "protect",
+        description="What becomes of static inputs in which a handful of values are above 100 and 1,000 times the median (arXiv "
+        "2402.17762). protect: they are reported, and the model's outputs on up to 64 calibration rows say whether the range "
+        "covers them or the other positions, or, where 3 dB are gained and needed, whether the layer has factors or a float "
+        "input; nothing changes where there are none.",
     )
     sites: list[str] | None = Field(
         None, description="Roles or module paths, wildcards allowed. Default: every projection inside the blocks."
@@ -251,6 +259,8 @@ class Quantize(Pass):
         """An option that would say nothing, and the way out."""
         if self.range == "hessian" and self.activations != "static":
             return "range: hessian searches the ranges of static activations\nUse activations: static, or leave it out."
+        if "massive_activations" in self.chosen and self.activations != "static":
+            return "massive_activations is about static activations\nUse activations: static, or leave it out."
         if "range_rows" in self.chosen and self.range != "hessian":
             return f"range_rows says nothing with range: {self.range}\nLeave it out, or use range: hessian."
         if self.embedding_rounding == "gptq" and self.embeddings in (None, 8):

@@ -16,7 +16,7 @@ _ALPHA = 0.95
 _OURS = (
     "weight_range", "reduce_range", "overrides", "mixed", "max_drop", "evaluations", "group_scales", "embedding_group_size",
     "smooth_below_db", "damping", "column_order", "refinements", "unfactorable", "batch_size",
-    "range_rows", "embedding_rounding", "scale_rounds",
+    "range_rows", "massive_activations", "embedding_rounding", "scale_rounds",
 )  # fmt: skip
 """Options that only the own engine has."""
 

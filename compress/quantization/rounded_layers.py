@@ -25,6 +25,7 @@ from compress.layers.conversion import QuantizedLayer, weight_of
 from compress.layers.fitting import Seen, fit_input, pair_limit, shift_bias, shorten_bias, store_weight
 from compress.quantization.calibrated_inputs import calibrated, second_moments, smoothed_inputs, table_moments
 from compress.quantization.hessian_ranges import searched_ranges
+from compress.quantization.massive_inputs import loud_streams, protected
 from compress.quantization.quantized_sites import Job, input_grid, plan_sites, site_job, site_layer
 from compress.quantization.site_options import SiteOptions
 from compress.quantization.wanted import Wanted
@@ -47,9 +48,11 @@ def round_sites(step: Quantize, model: nn.Module, context: Context) -> nn.Module
         UserError: calibration rows do not reach a site, or are too few for GPTQ.
     """
     jobs, skipped = plan_sites(step, model, context.anatomy)
-    captured = calibrated(step, model, context, jobs)
+    with loud_streams(step, model, context.anatomy) as loud:
+        captured = calibrated(step, model, context, jobs)
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
     inputs = searched_ranges(step, model, context, jobs, inputs)
+    jobs, inputs = protected(step, model, context, jobs, inputs, loud, lambda job, seen: _filled(step, model, job, seen, None)[0])
     ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
     tables = table_moments(step, model, context, jobs, ties)
     report: dict[str, Any] = {}

@@ -1,0 +1,260 @@
+"""Inputs with massive activations: found on calibration rows, and rounded in the way that the model's outputs lose least by.
+
+A handful of entries, at a few positions and in fixed channels, are larger than all others by orders of magnitude (Sun et al.
+2024, arXiv 2402.17762). A range that covers them leaves the other positions a code or two; one that does not clips what the model
+hangs on. Which is worse is measured. Shapes: B rows, T positions, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrate.capture import channels_last, counted, split, visiting
+from calibrate.fidelity import sqnr_db
+from calibrate.massive import LEAST, MassiveEntries, massive
+from calibrate.modes import evaluating
+from calibrate.ranges import Channels, RangeMethod, RangeObserver, range_observer
+from calibrate.signature import Batch
+from compress.algorithms.smoothing import smoothing
+from compress.anatomy import Anatomy
+from compress.depth.grafts import grafting
+from compress.depth.output_scores import first_rows
+from compress.layers.conversion import weight_of
+from compress.layers.fitting import Seen, column_energy, finite
+from compress.quantization.quantized_sites import Job, input_grid, site_job
+from compress.quantization.site_options import SiteOptions
+
+if TYPE_CHECKING:
+    from compress.layers.conversion import QuantizedLayer
+    from compress.passes.contract import Context
+    from compress.passes.quantize import Quantize
+
+__all__ = ["loud_streams", "protected"]
+
+_ROWS = 64
+"""Calibration rows on which the ways to round an input are compared, at most."""
+_ENOUGH_DB, _WORTH_DB = 35.0, 3.0
+"""What of the model's outputs is good enough with one input rounded, and what a costlier way has to gain below that."""
+
+Made = Callable[[Job, Seen | None], "QuantizedLayer"]
+
+
+@contextmanager
+def loud_streams(step: Quantize, model: nn.Module, anatomy: Anatomy) -> Iterator[list[str]]:
+    """Norms, which read the residual stream, that receive a value large enough to be a massive activation meanwhile."""
+    loud: list[str] = []
+
+    def visit(path: str, module: nn.Module, x: Tensor) -> None:
+        if path not in loud and float(x.detach().abs().amax()) > LEAST:
+            loud.append(path)
+
+    norms = [site.path for site in anatomy.sites if site.kind == "norm"]
+    with visiting(model, norms if _asked(step) else [], visit):
+        yield loud
+
+
+def protected(
+    step: Quantize, model: nn.Module, context: Context, jobs: list[Job], inputs: dict[str, Seen], loud: Sequence[str], made: Made
+) -> tuple[list[Job], dict[str, Seen]]:
+    """The jobs, and what was seen of their inputs, with another range, factors, or a float input where a tensor has massive
+    activations and its readers do better so. Nothing changes where there are none.
+
+    Of the ranges the one is taken that the model's outputs lose least by; factors that are found for the other positions, which
+    cost a multiplication, and float inputs, which cost the integer kernel, only where they gain 3 dB on that and there are not
+    35 dB without them.
+
+    Args:
+        loud: norms whose input may have massive activations.
+        made: a layer for a job and what was seen of its input.
+    """
+    if not _asked(step):
+        return jobs, inputs
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.rounds_input and job.site.path in inputs:
+            groups.setdefault(inputs[job.site.path].leader or job.site.path, []).append(job)
+    wanted = {leader for leader in groups if float(inputs[leader].channels.absmax.max()) > LEAST}
+    if not wanted and not loud:
+        return jobs, inputs
+    found = _swept(step, model, context, {path: groups[path] for path in wanted}, inputs, loud)
+    told: dict[str, Any] = {}
+    streams = {path: tensor.entries.json() for path, tensor in found.items() if path in loud}
+    for leader in [leader for leader in groups if leader in found]:
+        tensor, group = found[leader], groups[leader]
+        context.progress(len(told), len(groups), f"massive activations at {leader}")
+        chosen, measured = _best(step, model, context, group, inputs, tensor, made)
+        told[leader] = tensor.entries.json() | {
+            "readers": [job.site.path for job in group],
+            "rounded": chosen.name,
+            "output_sqnr_db": {name: finite(value) for name, value in measured.items()},
+        }
+        inputs = {path: seen for path, seen in (inputs | chosen.inputs).items() if seen is not None}
+        jobs = [next((one for one in chosen.jobs if one.site.path == job.site.path), job) for job in jobs]
+    if told or streams:
+        context.report["massive_activations"] = {"inputs": told, "residual_stream": streams}
+    return jobs, inputs
+
+
+def _asked(step: Quantize) -> bool:
+    return step.massive_activations == "protect" and step.activations == "static"
+
+
+@dataclass
+class _Tensor:
+    """What one tensor holds that is massive, and what was seen of it.
+
+    Attributes:
+        ranged, channels: of the positions without massive activations, as they are rounded.
+        given, ordinary: of all positions and of those, as the readers receive them.
+    """
+
+    ranged: RangeObserver
+    channels: Channels = field(default_factory=Channels)
+    given: Channels = field(default_factory=Channels)
+    ordinary: Channels = field(default_factory=Channels)
+    entries: MassiveEntries = field(default_factory=MassiveEntries)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to round the input of a group: its jobs, and what is seen of each input; None: it stays float."""
+
+    name: str
+    jobs: list[Job]
+    inputs: dict[str, Seen | None]
+    dear: bool = False
+
+
+def _swept(
+    step: Quantize,
+    model: nn.Module,
+    context: Context,
+    groups: Mapping[str, list[Job]],
+    inputs: Mapping[str, Seen],
+    loud: Sequence[str],
+) -> dict[str, _Tensor]:
+    """Runs the calibration rows and looks at the tensors that these groups, and these norms, receive.
+
+    Returns:
+        By path, tensors with a handful of massive entries.
+    """
+    method: RangeMethod = "minmax" if step.range == "hessian" else step.range
+    found = {}
+    for path in (*groups, *loud):
+        readers = [column_energy(model.get_submodule(job.site.path), job.site.kind) for job in groups.get(path, [])]
+        energy = torch.stack(readers).sum(0) if readers else None
+        found[path] = _Tensor(range_observer(method, step.percentile, energy))
+    batch: Batch = {}
+
+    def visit(path: str, module: nn.Module, x: Tensor) -> None:
+        seen = inputs.get(path) if path in groups else None
+        _look(found[path], channels_last(module, x), seen, batch)
+
+    with evaluating(model), visiting(model, list(found), visit):
+        for piece in split(context.calibration(), step.batch_size):
+            batch = piece
+            context.call(model, piece)
+    return {path: tensor for path, tensor in found.items() if tensor.entries.handful}
+
+
+def _look(tensor: _Tensor, x: Tensor, seen: Seen | None, batch: Batch) -> None:
+    """Takes in one call: entries of the tensor as the float model has it, ranges as its readers round it."""
+    ids = batch.get("input_ids")
+    x, counts = _rows(x, batch.get("attention_mask"))
+    smoothed = None if seen is None else seen.smoothed
+    hidden = x if smoothed is None or seen is None or seen.folded is None else x / smoothed.factor.to(x)
+    entries = massive(hidden, counts)
+    tensor.entries.add(hidden, entries, counts, ids if ids is not None and ids.shape == x.shape[:2] else None)
+    ordinary = ~entries.any(-1) if counts is None else ~entries.any(-1) & counts.to(entries.device)
+    if seen is None or not bool(ordinary.any()):
+        return
+    tensor.given.update(x.flatten(0, 1) if counts is None else x[counts])
+    tensor.ordinary.update(x[ordinary])
+    rounded = x if seen.factor is None else x * seen.factor.to(x)
+    tensor.ranged.update(rounded[ordinary])
+    tensor.channels.update(rounded[ordinary])
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A tensor of any rank as [B, T, C] ([1, N, C] where rows cannot be told apart), and which positions count."""
+    counts = counted(x, mask)
+    if x.dim() == 2:
+        x = x.unsqueeze(0) if counts is None or mask is None else x.reshape(*mask.shape, -1)
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    if counts is None:
+        return rows, None
+    counts = counts.reshape(x.shape[:2])
+    counts = counts.reshape(*counts.shape, *[1] * (x.dim() - 3)).expand(x.shape[:-1])
+    return rows, counts.reshape(rows.shape[:2]).to(rows.device)
+
+
+def _best(
+    step: Quantize,
+    model: nn.Module,
+    context: Context,
+    group: list[Job],
+    inputs: Mapping[str, Seen],
+    tensor: _Tensor,
+    made: Made,
+) -> tuple[_Way, dict[str, float]]:
+    """The way to round a group's input, and the SQNR of the model's outputs with each, in dB."""
+    ways = _ways(step, model, group, inputs, tensor)
+    batches = first_rows(context.calibration(), _ROWS)
+    float_outputs = _outputs(model, context, batches)
+    measured = {}
+    for way in ways:
+        with torch.no_grad():
+            layers = {job.site.path: made(job, way.inputs[job.site.path]) for job in way.jobs}
+        with grafting(model, layers):
+            given = _outputs(model, context, batches)
+        measured[way.name] = sqnr_db(float_outputs, given) if bool(given.isfinite().all()) else float("-inf")
+    best = max((way for way in ways if not way.dear), key=lambda way: measured[way.name])
+    for way in (way for way in ways if way.dear):
+        if measured[best.name] < _ENOUGH_DB and measured[way.name] >= measured[best.name] + _WORTH_DB:
+            best = way
+    return best, measured
+
+
+def _ways(step: Quantize, model: nn.Module, group: list[Job], inputs: Mapping[str, Seen], tensor: _Tensor) -> list[_Way]:
+    """The cheapest first."""
+    paths = [job.site.path for job in group]
+    seen = inputs[paths[0]]
+    grid = input_grid(step)
+    if seen.smoothed is None:
+        kept = tensor.ranged.range(grid)
+    else:
+        kept = float(tensor.channels.low.min()), float(tensor.channels.high.max())
+    given = {path: replace(inputs[path], ordinary_mean=tensor.ordinary.mean) for path in paths}
+    ways = [
+        _Way("everything", group, dict(given)),
+        _Way("the other positions", group, {path: replace(one, kept=kept) for path, one in given.items()}),
+    ]
+    if step.smooth and all(job.site.kind != "conv2d" for job in group):
+        weight = torch.cat([weight_of(model.get_submodule(job.site.path), job.site.kind) for job in group])
+        low, high, loud = (one.to(weight.device) for one in (tensor.given.low, tensor.given.high, tensor.ordinary.mean_square))
+        smoothed = smoothing(weight, low, high, loud, group[0].grid, grid)
+        changes: dict[str, Any] = {"channels": tensor.given, "smoothed": smoothed, "folded": None, "searched": None}
+        if smoothed.gain_db > 0:
+            ways.append(
+                _Way("everything, with factors", group, {path: replace(one, **changes) for path, one in given.items()}, True)
+            )
+    options = [SiteOptions(weights=job.grid.bits, activations="none") for job in group]
+    left = [site_job(step, model, job.site, one, job.table) for job, one in zip(group, options, strict=True)]
+    return [*ways, _Way("float", left, dict.fromkeys(paths), True)]
+
+
+def _outputs(model: nn.Module, context: Context, batches: Sequence[Batch]) -> Tensor:
+    """What the model gives at positions that count, one after the other, float64."""
+    found = []
+    with evaluating(model):
+        for batch in batches:
+            given = context.call(model, batch).double()
+            valid = counted(given, batch.get("attention_mask"))
+            found.append((given if valid is None else given[valid]).reshape(-1))
+    return torch.cat(found)

@@ -1,0 +1,157 @@
+"""Static inputs with massive activations, planted in models that are otherwise ordinary."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from pydantic import ValidationError
+from torch import Tensor, nn
+from trial import Trial, digits, rebuilt, tried
+
+from calibrate.errors import UserError
+from calibrate.signature import Batch, Signature, TensorSpec
+from compress.layers import QuantLinear
+from compress.passes.quantize import Quantize
+
+Subject = tuple[nn.Module, Signature, list[Batch]]
+MINMAX: dict[str, Any] = {"range": "minmax", "smooth": False}
+
+
+@functools.cache
+def planted(family: str) -> Subject:
+    """The first token of every row has a huge entry in channel 7 of the residual stream, which norms make larger still."""
+    model, signature, rows = build(family)
+    ids = rows["input_ids"].clone()
+    ids[:, 0] = 1
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight  # type: ignore[operator]
+        table *= 0.1
+        table[:, 7] *= 0.02
+        table[1, 7] = 300.0
+        for name, parameter in model.named_parameters():
+            if any(f"{writer}.weight" in name for writer in ("down_proj", "o_proj")):
+                parameter[7] *= 0.02
+            elif "c_proj" in name:
+                parameter[..., 7] *= 0.02
+            elif parameter.ndim == 1 and ("norm" in name or "ln_" in name) and name.endswith("weight"):
+                parameter[7] = 300.0
+    return model, signature, [{**rows, "input_ids": ids}]
+
+
+class Apart(nn.Module):
+    """Looks at every position by itself, and at the first not at all."""
+
+    def __init__(self, heeded: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.norm, self.heeded = nn.Linear(48, 96), nn.Linear(96, 48), nn.LayerNorm(48), heeded
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.down(torch.relu(self.up(x))))
+        return y if self.heeded else y[:, 1:]
+
+
+def register(heeded: bool) -> Subject:
+    """Rows of 16 positions, of which the first holds one enormous entry."""
+    torch.manual_seed(0)
+    model = Apart(heeded).eval()
+    x = 0.3 * torch.randn(8, 16, 48)
+    x[:, 0, 5] = 900.0
+    return model, Signature((TensorSpec("x", torch.float32, ("batch", 16, 48)),)), [{"x": x}]
+
+
+def at_up(subject: Subject, **options: Any) -> Trial:
+    return tried(Quantize(sites=["up"], **options), *subject)
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "smooth"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj", False),
+        ("gpt2", "transformer.h.0.attn.c_attn", True),
+        ("gpt2", "transformer.h.0.attn.c_attn", False),
+    ],
+    ids=str,
+)
+def test_a_massive_token_is_found_told_and_kept_from_ruining_the_others(family: str, site: str, smooth: bool) -> None:
+    subject = planted(family)
+    ignored, trial = (tried(Quantize(smooth=smooth, massive_activations=how), *subject) for how in ("ignore", "protect"))
+    assert trial.sqnr_db > ignored.sqnr_db + 10
+    told = trial.context.report["massive_activations"]
+    found = told["inputs"][site]
+    assert (found["channels"], found["positions"], found["tokens"]) == ([7], [0], [1])
+    assert found["largest"] > 1000 * found["median"]
+    assert found["output_sqnr_db"][found["rounded"]] > min(35, max(found["output_sqnr_db"].values()) - 3)
+    assert any("norm" in path or "ln_" in path for path in told["residual_stream"])
+    assert "massive_activations" not in ignored.context.report
+    assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
+
+
+def test_where_the_massive_position_does_not_matter_the_others_set_the_range() -> None:
+    subject = register(heeded=False)
+    ignored, trial = (at_up(subject, massive_activations=how, **MINMAX) for how in ("ignore", "protect"))
+    assert ignored.sqnr_db < 10
+    assert trial.sqnr_db > 35
+    assert trial.context.report["massive_activations"]["inputs"]["up"]["rounded"] == "the other positions"
+    says = trial.context.report["sites"]["up"]["activation"]
+    assert says["range"][1] < 3 < 899 < says["seen"][1]
+
+
+def test_where_it_matters_the_input_stays_float() -> None:
+    trial = at_up(register(heeded=True), **MINMAX)
+    found = trial.context.report["massive_activations"]["inputs"]["up"]
+    assert found["rounded"] == "float"
+    assert max(found["output_sqnr_db"][name] for name in ("everything", "the other positions")) < 20
+    assert found["output_sqnr_db"]["float"] > 35
+    layer = trial.after.get_submodule("up")
+    assert isinstance(layer, QuantLinear)
+    assert layer.activation is None
+    assert "activation" not in trial.context.report["sites"]["up"]
+
+
+def test_good_enough_stays_an_integer_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.quantization.massive_inputs as module
+
+    monkeypatch.setattr(module, "_ENOUGH_DB", 0.0)
+    trial = at_up(register(heeded=True), **MINMAX)
+    found = trial.context.report["massive_activations"]["inputs"]["up"]
+    assert found["rounded"] == max(("everything", "the other positions"), key=lambda name: found["output_sqnr_db"][name])
+    assert "activation" in trial.context.report["sites"]["up"]
+
+
+@pytest.mark.parametrize("options", [{}, {"range": "hessian", "range_rows": 8, "smooth": False}, {"rounding": "gptq"}], ids=str)
+def test_nothing_changes_where_there_are_none(options: dict[str, Any]) -> None:
+    subject = digits()
+    ignored, trial = (
+        tried(Quantize(sites=["blocks.0.mlp.*"], massive_activations=how, **options), *subject) for how in ("ignore", "protect")
+    )
+    assert trial.context.report == ignored.context.report
+    for name, tensor in ignored.after.state_dict().items():
+        assert torch.equal(trial.after.state_dict()[name], tensor), name
+
+
+def test_a_neuron_that_is_large_at_every_position_is_not_one() -> None:
+    model, signature, rows = digits()
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_submodule("blocks.1.mlp.fc1").get_parameter("bias")[3] = 900
+    trial = tried(Quantize(sites=["blocks.1.mlp.fc2"]), model, signature, rows)
+    assert "blocks.1.mlp.fc2" not in trial.context.report.get("massive_activations", {}).get("inputs", {})
+
+
+def test_a_choice_of_bits_protects_too() -> None:
+    trial = tried(
+        Quantize(smooth=False, sites=["*.0.self_attn.*"], mixed={"candidates": [8], "size_ratio": 0.99}), *planted("llama")
+    )  # type: ignore[arg-type]
+    assert trial.context.report["massive_activations"]["inputs"]["model.layers.0.self_attn.q_proj"]["rounded"] == "float"
+
+
+def test_it_is_about_static_inputs() -> None:
+    with pytest.raises(ValidationError, match="massive_activations is about static activations"):
+        Quantize(activations="dynamic", massive_activations="ignore")
+    with pytest.raises((ValidationError, UserError), match="NNCF has no such option"):
+        Quantize(engine="nncf", massive_activations="ignore")
