@@ -128,7 +128,12 @@ CASES = [
     Case("cut-from-nested", "bert", least_db=0, after="nested-text-encoder"),
     Case("mixed-bits", "bert", (("size_ratio: 0.2}", "size_ratio: 0.27}"),), least_db=8),
     Case("reconstructed-two-bits", "bert", (("rows: 512", "rows: 64"), ("_steps: 200", "_steps: 20")), least_db=0),
-    Case("three-bit-text-encoder", "bert", (("rows: 512", "rows: 64"), ("batch_size: 16", "rounding_steps: 20\n      batch_size: 16")), least_db=5),
+    Case(
+        "three-bit-text-encoder",
+        "bert",
+        (("rows: 512", "rows: 64"), ("batch_size: 16", "rounding_steps: 20\n      batch_size: 16")),
+        least_db=5,
+    ),
     Case("int4-text-encoder", "bert of 64 columns", (("rows: 400", "rows: 64"),), least_db=8),
     Case("ranges-by-gradients", "vit", (("rows: 1000", "rows: all"),)),
     Case("max-drop", "bert", (("rows: 256", "rows: 64"), ("rows: 512", "rows: 64"))),
