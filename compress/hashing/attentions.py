@@ -15,7 +15,7 @@ from calibrate.modes import evaluating
 from compress.anatomy import Anatomy, Block
 from compress.layers import BinaryProducts, HashedAttention, TopKAttention
 from compress.layers.attached import attached_to
-from compress.layers.attention_terms import shared_heads
+from compress.layers.attention_terms import AttentionCall
 from compress.layers.redirected import Redirecting
 
 __all__ = ["Call", "Hashable", "Heard", "find_attentions", "listening"]
@@ -42,29 +42,18 @@ class Call:
     obstacle: str = ""
 
     @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Call:
-        """Of the arguments of ``scaled_dot_product_attention``."""
-        if enable_gqa:
-            key, value = shared_heads(query, key, value)
-        obstacle = ""
-        if is_causal:
+    def of(cls, call: AttentionCall) -> Call:
+        """Of a call of ``scaled_dot_product_attention``."""
+        call = call.expanded
+        query, mask, obstacle = call.query, call.attn_mask, ""
+        if call.is_causal:
             obstacle = "it is causal, and sums over the keys before each query are no product of matrices"
         elif query.dim() != 4:
             obstacle = f"its queries have {query.dim()} dimensions instead of batch, heads, tokens and channels"
-        elif attn_mask is not None and not torch.equal(attn_mask, attn_mask[..., :1, :].expand_as(attn_mask)):
+        elif mask is not None and not torch.equal(mask, mask[..., :1, :].expand_as(mask)):
             obstacle = "its mask or position bias differs from query to query (causal, windowed, or relative positions)"
-        bias = None if attn_mask is None or obstacle else _bias(attn_mask, query)
-        return cls(query, key, value, bias, query.shape[-1] ** -0.5 if scale is None else scale, obstacle)
+        bias = None if mask is None or obstacle else _bias(mask, query)
+        return cls(query, call.key, call.value, bias, call.factor, obstacle)
 
 
 @dataclass
@@ -79,7 +68,7 @@ class Heard(Redirecting):
 
     def redirect(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.calls.append(Call.of(*args, **kwargs))
+            self.calls.append(Call.of(AttentionCall(*args, **kwargs)))
         elif func in _SOFTMAX:
             self.softmaxes += 1
         return func(*args, **kwargs)

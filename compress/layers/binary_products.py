@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from compress.algorithms.straight_through import stepped
-from compress.layers.attention_terms import masked, shared_heads
+from compress.layers.attention_terms import AttentionCall
 from compress.layers.redirected import Redirecting
 
 __all__ = ["BinaryProducts"]
@@ -82,7 +82,7 @@ class BinaryProducts(Redirecting, nn.Module):
             self.get_parameter(f"{name}_scale").copy_((x - mean.squeeze(1)).abs().mean().clamp(min=1e-6))
 
     def redirect(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return self._attend(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
+        return self._attend(AttentionCall(*args, **kwargs)) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
     def _bits(self, x: Tensor, name: str) -> Tensor:
         threshold, scale = self.get_parameter(f"{name}_threshold"), self.get_parameter(f"{name}_scale")
@@ -90,26 +90,15 @@ class BinaryProducts(Redirecting, nn.Module):
             return stepped(x, threshold, scale, False)
         return torch.where(x >= threshold, scale, -scale)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Called as ``scaled_dot_product_attention`` is; attention dropout has no place in it."""
-        if enable_gqa:
-            key, value = shared_heads(query, key, value)
+    def _attend(self, call: AttentionCall) -> Tensor:
+        """Attention dropout has no place in it."""
+        call = call.expanded
+        query, key, value = call.query, call.key, call.value
         signs = self._bits(query, "query") @ self._bits(key, "key").transpose(-1, -2)
         q_plus, q_minus = _along(query, self.query_plus), _along(query, self.query_minus)
         k_plus, k_minus = (_along(key, vector).transpose(-1, -2) for vector in (self.key_plus, self.key_minus))
-        scores = (signs + q_minus * k_plus + q_plus * (k_minus + k_plus)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        scores = masked(scores, attn_mask, is_causal)
-        chance = scores.softmax(-1)
+        scores = (signs + q_minus * k_plus + q_plus * (k_minus + k_plus)) * call.factor
+        chance = call.masked(scores).softmax(-1)
         half = self.probability_scale / 2
         if self.learning:
             few = stepped(chance, half, self.probability_scale, True)

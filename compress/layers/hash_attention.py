@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from compress.algorithms.hash_codes import FLOOR, HashCodes, blend, through
-from compress.layers.attention_terms import shared_heads
+from compress.layers.attention_terms import AttentionCall
 from compress.layers.redirected import Redirecting
 
 __all__ = ["HashedAttention"]
@@ -100,29 +100,17 @@ class HashedAttention(Redirecting, nn.Module):
         return blend(codes.codes(query, 0, signed), codes.codes(key, 1, signed), codes.weights, logits, value)
 
     def redirect(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return self._attend(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
+        return self._attend(AttentionCall(*args, **kwargs)) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Called as ``scaled_dot_product_attention`` is.
-
+    def _attend(self, call: AttentionCall) -> Tensor:
+        """
         Raises:
             ValueError: attention is causal.
         """
-        if is_causal:
+        if call.is_causal:
             raise ValueError("hash attention has no causal form")
-        if enable_gqa:
-            key, value = shared_heads(query, key, value)
-        mixed: Tensor = self(query, key, value, attn_mask)
+        call = call.expanded
+        mixed: Tensor = self(call.query, call.key, call.value, call.attn_mask)
         return mixed
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ V that of the values.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from compress.layers.attention_terms import shared_heads
+from compress.layers.attention_terms import AttentionCall
 from compress.layers.redirected import Redirecting
 
 __all__ = ["LinearAttention"]
@@ -69,7 +70,7 @@ class LinearAttention(Redirecting, nn.Module):
         return super().attach(model, path)
 
     def redirect(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return self._attend(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
+        return self._attend(AttentionCall(*args, **kwargs)) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries [B, H, T, D], keys [B, H, S, D], values [B, H, S, V]; of a mask as torch's attention takes it the first
@@ -92,31 +93,19 @@ class LinearAttention(Redirecting, nn.Module):
         made = F.conv2d(patches, self.kernel, padding=_KERNEL // 2, groups=width)
         return F.pad(made.reshape(batch, heads, width, tokens - self.prefix).transpose(-1, -2), (0, 0, self.prefix, 0))
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Called as ``scaled_dot_product_attention`` is.
-
+    def _attend(self, call: AttentionCall) -> Tensor:
+        """
         Raises:
             ValueError: attention is causal.
         """
-        if is_causal:
+        if call.is_causal:
             raise ValueError("linear attention has no causal form")
-        if enable_gqa:
-            key, value = shared_heads(query, key, value)
+        call = call.expanded
         share = self.share if self.learning else 0.0
-        soft = F.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale) if share else None
+        soft = replace(call, dropout_p=0.0).softmax_attention() if share else None
         if soft is not None and share == 1:
             return soft
-        mixed: Tensor = self(query, key, value, attn_mask)
+        mixed: Tensor = self(call.query, call.key, call.value, call.attn_mask)
         return mixed if soft is None else share * soft + (1 - share) * mixed
 
     def extra_repr(self) -> str:

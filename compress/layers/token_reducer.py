@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from compress.algorithms.token_matching import criteria, fusion, most_merged, so
 from compress.algorithms.token_moves import Merge, assigned, mixed, picked
 from compress.algorithms.token_ranking import attention_from_first, attention_received, kept, zero_tprune
 from compress.layers.attached import attached_to
-from compress.layers.attention_terms import shared_heads
+from compress.layers.attention_terms import AttentionCall
 from compress.layers.token_stream import TokenStream
 
 __all__ = ["Method", "Place", "TokenIds", "TokenReducer", "hidden_of", "prunes"]
@@ -223,7 +224,7 @@ class _Watched(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self._fused(*args, **kwargs)
+            return self._fused(AttentionCall(*args, **kwargs))
         if func in _SOFTMAX and self._over_keys(args, kwargs):
             return self._softmax(func, args, kwargs)
         if func in _PRODUCTS:
@@ -274,38 +275,18 @@ class _Watched(TorchFunctionMode):
                 return func(left, self._pooled(right), **kwargs)
         return func(*args, **kwargs)
 
-    def _fused(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        bias = self._bias(query.dtype)
-        self.attended, self.keys = True, key
+    def _fused(self, call: AttentionCall) -> Tensor:
+        bias = self._bias(call.query.dtype)
+        self.attended, self.keys = True, call.key
         if bias is not None:
-            attn_mask = bias if attn_mask is None else _added(attn_mask, query.dtype) + bias
+            mask = call.attn_mask
+            call = replace(call, attn_mask=bias if mask is None else _added(mask, call.query.dtype) + bias)
         if not (self.goes and self.reducer.method in _PROBABILITIES):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        if enable_gqa:
-            key, value = shared_heads(query, key, value)
-            self.keys = key
-        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if is_causal:
-            before = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~before, torch.finfo(scores.dtype).min)
-        if attn_mask is not None:
-            scores = scores + _added(attn_mask, scores.dtype)
-        self.weights = scores.softmax(-1)
-        if self.reducer.method == "criteria":
-            value = self._pooled(value)
-        return self.weights @ value
+            return call.softmax_attention()
+        call = call.expanded
+        self.keys = call.key
+        self.weights = call.scores.softmax(-1)
+        return self.weights @ (self._pooled(call.value) if self.reducer.method == "criteria" else call.value)
 
     # -- which tokens go ------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from compress.layers.attention_terms import masked, shared_heads
+from compress.layers.attention_terms import AttentionCall
 from compress.layers.redirected import Redirecting
 
 __all__ = ["TopKAttention", "attentions"]
@@ -42,7 +42,7 @@ class TopKAttention(Redirecting):
 
     def redirect(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _attend(self.k, *args, **kwargs)
+            return _attend(self.k, AttentionCall(*args, **kwargs))
         if func in _SOFTMAX and _over_keys(args, kwargs):
             rest = {name: value for name, value in kwargs.items() if name != "input"}
             return func(_largest(_given(args, kwargs, 0, "input"), self.k), *args[1:], **rest)
@@ -93,25 +93,10 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     return scores.masked_fill(scores < least, torch.finfo(scores.dtype).min)
 
 
-def _attend(
-    k: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """``scaled_dot_product_attention`` over the k largest scores: queries [..., H, T, D], keys and values [..., H, S, D]."""
-    if k >= key.shape[-2]:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if enable_gqa:
-        key, value = shared_heads(query, key, value)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = masked(scores, attn_mask, is_causal)
-    weights = _largest(scores, k).softmax(-1)
-    return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
+def _attend(k: int, call: AttentionCall) -> Tensor:
+    """Attention over the k largest scores of each query."""
+    if k >= call.key.shape[-2]:
+        return call.softmax_attention()
+    call = call.expanded
+    weights = _largest(call.scores, k).softmax(-1)
+    return F.dropout(weights, call.dropout_p) @ call.value if call.dropout_p else weights @ call.value
