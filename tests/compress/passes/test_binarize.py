@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.nn import functional as F
 from trial import DIGITS, Trial, digits, judge, rebuilt, tried
 
 from calibrate.errors import UserError
@@ -174,7 +175,7 @@ def test_one_bit_products_are_what_the_polynomial_says() -> None:
     for parameter in layer.parameters():
         parameter.data.copy_(torch.rand(parameter.shape, generator=generator))
     mask = torch.tensor([True, True, False])
-    found = layer._attend(q, k, v, mask.expand(3, 3))
+    found = layer.redirect(F.scaled_dot_product_attention, (q, k, v, mask.expand(3, 3)), {})
     names = layer.state_dict()
 
     def bits(x: torch.Tensor, name: str) -> torch.Tensor:
