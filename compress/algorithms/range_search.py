@@ -33,6 +33,7 @@ class Reader:
         weight: [O, C] or a convolution's, as it will be rounded.
         slopes: mean squared gradients at its outputs, in their shape; channels are last, or second of four.
         apply: (inputs, weight) -> outputs without bias.
+        wanted: what it shall give, without bias; None: what it gives on the inputs of the search, not rounded.
     """
 
     weight: Tensor
@@ -40,6 +41,7 @@ class Reader:
     how: WeightRange
     slopes: Tensor
     apply: Callable[[Tensor, Tensor], Tensor]
+    wanted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,16 @@ class Ranges:
     after: float
 
 
-def search_ranges(inputs: Tensor, readers: Sequence[Reader], grid: Grid, low: float, high: float, *, rounds: int = 2) -> Ranges:
+def search_ranges(
+    inputs: Tensor,
+    readers: Sequence[Reader],
+    grid: Grid,
+    low: float,
+    high: float,
+    *,
+    rounds: int = 2,
+    begun: Ranges | None = None,
+) -> Ranges:
     """The ranges with the least squared error of the readers' outputs, each output weighted by its squared gradient.
 
     The Hessian-guided search of PTQ4ViT (Yuan et al. 2022, arXiv 2111.12293, sec. 3.3, eq. 7 to 9) to the nearest codes: the
@@ -70,13 +81,16 @@ def search_ranges(inputs: Tensor, readers: Sequence[Reader], grid: Grid, low: fl
     Args:
         inputs: the tensor at some positions, [N, C] or [B, C, h, w], float.
         grid: of the tensor.
+        begun: ranges that the search begins with, in the place of those that are given and of the weights' own.
     """
     search = _Search(inputs, readers, grid)
+    if begun is not None:
+        search.scales = list(begun.weights)
     weights = [search.dense(reader, *scales) for reader, scales in zip(readers, search.scales, strict=True)]
-    best = (low, high)
+    best = (low, high) if begun is None else (begun.low, begun.high)
     before = least = search.error(search.rounded(best), weights)
     for _ in range(rounds):
-        begun = best
+        start = best
         for candidates in _sweeps(low, high, grid.symmetric):
             for ends in candidates(best):
                 error = search.error(search.rounded(ends), weights)
@@ -86,7 +100,7 @@ def search_ranges(inputs: Tensor, readers: Sequence[Reader], grid: Grid, low: fl
         for number in range(len(readers)):
             weights[number] = search.improve_weight(number, given)
         least = search.error(given, weights)
-        if best == begun:
+        if best == start:
             break
     return Ranges(*best, tuple(search.scales), before, least)
 
@@ -94,7 +108,7 @@ def search_ranges(inputs: Tensor, readers: Sequence[Reader], grid: Grid, low: fl
 class _Search:
     def __init__(self, inputs: Tensor, readers: Sequence[Reader], grid: Grid) -> None:
         self.inputs, self.readers, self.grid = inputs, readers, grid
-        self.wanted = [reader.apply(inputs, reader.weight) for reader in readers]
+        self.wanted = [reader.apply(inputs, reader.weight) if reader.wanted is None else reader.wanted for reader in readers]
         self.scales = [scales_of(reader.weight, reader.grid, reader.how) for reader in readers]
 
     def rounded(self, ends: tuple[float, float]) -> Tensor:

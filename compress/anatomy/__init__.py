@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from compress.anatomy.bridges import Bridge
 from compress.anatomy.finding import find
 from compress.anatomy.parts import ROLES, Anatomy, Block, Kind, Site
 
-__all__ = ["ROLES", "Anatomy", "Block", "Kind", "Site", "find"]
+__all__ = ["ROLES", "Anatomy", "Block", "Bridge", "Kind", "Site", "find"]

@@ -11,6 +11,7 @@ from torch import nn
 from calibrate.modes import modes_kept
 from calibrate.signature import Batch, Signature
 from compress.anatomy.attention import Attention, find_attention
+from compress.anatomy.bridges import Bridge, find_bridges
 from compress.anatomy.feedforward import FeedForward, find_feedforward
 from compress.anatomy.flops import flops_of, product_flops
 from compress.anatomy.flow import Flow, Weight
@@ -45,6 +46,7 @@ class _Reading:
     blocks: dict[str, list[Unit]] = field(default_factory=dict)
     joins: int = 0
     product_flops: list[tuple[str, int]] = field(default_factory=list)
+    bridges: list[Bridge] = field(default_factory=list)
     read: set[int] = field(default_factory=set)
     """Identities of the tensors that the graph reads in any way."""
 
@@ -78,7 +80,8 @@ def find(model: nn.Module, signature: Signature, example: Batch, roles: Mapping[
     for path in named_blocks(model, given, list(reading.blocks)):
         reading.blocks[path] = []
     rows = {name: tensor[:_ROWS] for name, tensor in example.items()}
-    return replace(_assemble(model, reading, given), signature=signature, example=rows)
+    made = _assemble(model, reading, given)
+    return replace(made, signature=signature, example=rows, bridges=tuple(reading.bridges))
 
 
 def _tensors(model: nn.Module, path: str) -> set[int]:
@@ -121,6 +124,7 @@ def _read(flow: Flow) -> _Reading:
         if path:
             shape = _vector_shape(flow.model.get_submodule(path))
             reading.sites.setdefault(path, _Draft("norm", shape)).roles.add("norm")
+    reading.bridges = find_bridges(flow, attentions, feedforwards)
     reading.product_flops = product_flops(flow, attentions, _ROWS)
     named = dict(flow.model.named_parameters(remove_duplicate=False))
     reading.read = {id(named.get(str(step.tensor))) for step in flow.steps if step.tensor and step.users}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature
+from compress.anatomy.bridges import Bridge
 
 __all__ = ["ROLES", "Anatomy", "Block", "Kind", "Site"]
 
@@ -109,6 +110,8 @@ class Anatomy:
     signature: Signature | None = field(default=None, repr=False, compare=False)
     example: Batch | None = field(default=None, repr=False, compare=False)
     """What the model was traced with: two rows."""
+    bridges: tuple[Bridge, ...] = ()
+    """Where features of convolutions become tokens, and back."""
 
     @property
     def roles(self) -> dict[str, list[str]]:

@@ -26,13 +26,21 @@ __all__ = ["Searched", "Seen", "column_energy", "finite", "fit_input", "pair_lim
 
 @dataclass(frozen=True)
 class Searched:
-    """Ranges that were searched by what they do to the model's outputs: of the input, and scales of the weight that meets it."""
+    """Ranges that were searched by what they do to the model's outputs: of the input, and scales of the weight that meets it.
+
+    Attributes:
+        gain_db: how much less the weighted error of the layers' outputs is than with the extremes.
+        symmetric: whether the input has no zero point.
+        scheme_gain_db: how much more the other of the two schemes costs; None where the recipe says which.
+    """
 
     low: float
     high: float
     scale: Tensor
     zero_point: Tensor | None
     gain_db: float
+    symmetric: bool = True
+    scheme_gain_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,8 @@ def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dic
     assert activation is not None
     says: dict[str, Any] = {"seen": [seen.ranged.low, seen.ranged.high]}
     low, high = seen.range(grid)
+    if method == "hessian" and seen.searched is None:
+        method = "minmax"
     if smoothed is None:
         says |= {"method": method, "clipped_percent": finite(100 * seen.ranged.clipped(low, high))}
     else:
@@ -114,6 +124,9 @@ def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dic
     if seen.searched is not None:
         low, high = seen.searched.low, seen.searched.high
         says |= {"method": method, "clipped_percent": None, "search_gain_db": finite(seen.searched.gain_db)}
+        if seen.searched.scheme_gain_db is not None:
+            scheme = "symmetric" if grid.symmetric else "asymmetric"
+            says |= {"scheme": scheme, "scheme_gain_db": finite(seen.searched.scheme_gain_db)}
     if seen.kept is not None:
         low, high = seen.kept
         says |= {"method": "without massive activations", "clipped_percent": None}

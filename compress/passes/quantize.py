@@ -16,6 +16,7 @@ from compress.layers.fitting import shorten_bias
 from compress.passes.contract import Context, Pass, Target, blank
 from compress.quantization.bit_choice import choose, forecast
 from compress.quantization.bit_driver import drive
+from compress.quantization.joint_ranges import require_bridges
 from compress.quantization.nncf_layers import put_in
 from compress.quantization.nncf_options import nncf_refusal, nncf_settings
 from compress.quantization.quantized_sites import action, plan_sites, site_layer
@@ -67,8 +68,8 @@ class Quantize(Pass):
     source: ClassVar[str] = (
         "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
         "Frantar et al. 2023, arXiv 2210.17323; Nagel et al. 2020, arXiv 2004.10568; Li et al. 2021, arXiv 2102.05426; Behdin et "
-        "al. 2023, arXiv 2309.01885; Yuan et al. 2022, arXiv 2111.12293; Zhang et al. 2024, arXiv 2403.07134; Sun et al. 2024, "
-        "arXiv 2402.17762; "
+        "al. 2023, arXiv 2309.01885; Yuan et al. 2022, arXiv 2111.12293; Lee et al. 2023, arXiv 2303.12557; Zhang et al. 2024, "
+        "arXiv 2403.07134; Sun et al. 2024, arXiv 2402.17762; "
         "engine: nncf: Kozlov et al. 2020, arXiv 2002.08679; mixed: Hubara et al. 2020, arXiv 2006.10518"
     )
     needs_calibration: ClassVar[bool] = True
@@ -108,9 +109,11 @@ class Quantize(Pass):
         "none: only weights are rounded.",
     )
     activation_bits: Literal[8] = Field(8, description="Bits of each activation.")
-    activation_symmetric: bool = Field(
+    activation_symmetric: bool | Literal["best"] = Field(
         True,
-        description="Static activations without zero point: TensorRT takes no other. Dynamic ones always have one.",
+        description="Static activations without zero point: TensorRT takes no other. Dynamic ones always have one. best: each "
+        "input has the scheme that costs less by the error of range: hessian, the symmetric one where both cost the same "
+        "(Q-HyViT, arXiv 2303.12557).",
     )
     range: RangeMethod | Literal["hessian"] = Field(
         "mse",
@@ -120,6 +123,12 @@ class Quantize(Pass):
         "layers with mse.",
     )
     range_rows: PositiveInt = Field(64, description="With range: hessian: calibration rows that run with gradients.")
+    bridges: Literal["alone", "joint"] = Field(
+        "alone",
+        description="joint: where features of convolutions become tokens of an attention, and back, ranges are searched one "
+        "layer after the other, each on what the layers before it give when they are rounded (Q-HyViT, arXiv 2303.12557). Only "
+        "with range: hessian.",
+    )
     percentile: float = Field(
         99.99, gt=50, le=100, description="Per cent of the values that the range holds, for range: percentile."
     )
@@ -261,6 +270,9 @@ class Quantize(Pass):
             return "range: hessian searches the ranges of static activations\nUse activations: static, or leave it out."
         if "massive_activations" in self.chosen and self.activations != "static":
             return "massive_activations is about static activations\nUse activations: static, or leave it out."
+        if self.range != "hessian" and (self.bridges == "joint" or self.activation_symmetric == "best"):
+            asked = "bridges: joint" if self.bridges == "joint" else "activation_symmetric: best"
+            return f"{asked} goes by the error that range: hessian searches\nAdd range: hessian, or leave it out."
         if "range_rows" in self.chosen and self.range != "hessian":
             return f"range_rows says nothing with range: {self.range}\nLeave it out, or use range: hessian."
         if self.embedding_rounding == "gptq" and self.embeddings in (None, 8):
@@ -285,6 +297,7 @@ class Quantize(Pass):
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
         jobs = plan_sites(self, model, anatomy)[0]
+        require_bridges(self, anatomy, jobs)
         return [Target(job.site.path, ", ".join(job.site.roles), action(self, job)) for job in jobs]
 
     def preview(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:

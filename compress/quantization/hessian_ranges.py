@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from compress.passes.contract import Context
     from compress.passes.quantize import Quantize
 
-__all__ = ["searched_ranges"]
+__all__ = ["POSITIONS", "best_of", "decibels", "readers", "schemes", "searched_ranges", "settled"]
 
-_POSITIONS = 1024
+POSITIONS = 1024
 """Positions of a tensor that a search looks at, drawn from the rows."""
 
 
@@ -36,45 +36,88 @@ def searched_ranges(
     """What was seen, with searched ranges for every input that is rounded; layers that read one tensor share its range.
 
     The model is the float one, with factors that can be folded in it. Inputs and gradients of one block are held at a time.
+    A layer that does not run in the rows with gradients keeps its extremes; the report names it.
     """
     if step.range != "hessian" or not inputs:
         return inputs
     found = dict(inputs)
     mine = [job for job in jobs if job.rounds_input and job.site.path in inputs and not inputs[job.site.path].nothing]
     rows = first_rows(context.calibration(), step.range_rows)
-    done = 0
+    done, kept = 0, {}
     for _, stage in itertools.groupby(mine, key=lambda job: job.site.block):
         block = list(stage)
         context.progress(done, len(mine), f"ranges by gradients: {block[0].site.path}")
-        heard = felt(model, context.call, rows, [job.site.path for job in block], positions=_POSITIONS, seed=context.seed)
+        heard = felt(model, context.call, rows, [job.site.path for job in block], positions=POSITIONS, seed=context.seed)
         groups: dict[str, list[Job]] = {}
         for job in block:
             if job.site.path in heard:
                 groups.setdefault(inputs[job.site.path].leader or job.site.path, []).append(job)
+            else:
+                kept[job.site.path] = f"minmax: it does not run in the first {step.range_rows} calibration rows"
         for group in groups.values():
-            ranges = _search(step, model, group, inputs[group[0].site.path], heard)
-            gain = 10 * math.log10(ranges.before / ranges.after) if ranges.after > 0 else 0.0
-            for job, (scale, zero_point) in zip(group, ranges.weights, strict=True):
-                searched = Searched(ranges.low, ranges.high, scale, zero_point, gain)
-                found[job.site.path] = replace(inputs[job.site.path], searched=searched)
+            searches = {symmetric: _search(step, model, group, inputs, heard, symmetric) for symmetric in schemes(step)}
+            found |= settled(group, inputs, searches)
         done += len(block)
+    if kept:
+        context.report["ranges_kept"] = kept
     return found
 
 
-@torch.no_grad()
-def _search(step: Quantize, model: nn.Module, group: list[Job], seen: Seen, heard: dict[str, Felt]) -> Ranges:
-    given = heard[group[0].site.path].inputs
-    factor = seen.factor
-    if factor is not None:
-        given = given * factor
-    readers = []
+def schemes(step: Quantize) -> tuple[bool, ...]:
+    """The schemes that an input may have: symmetric or not."""
+    return (True, False) if step.activation_symmetric == "best" else (step.activation_symmetric,)
+
+
+def best_of(searches: dict[bool, Ranges]) -> tuple[bool, Ranges]:
+    """The scheme with the least error; of equals the symmetric one, which needs no zero point and suits every runtime."""
+    return min(searches.items(), key=lambda one: (one[1].after, not one[0]))
+
+
+def settled(
+    group: Sequence[Job], inputs: dict[str, Seen], searches: dict[bool, Ranges], gain_db: float | None = None
+) -> dict[str, Seen]:
+    """What was seen by the layers of a group, with the ranges of the scheme that costs least.
+
+    Args:
+        gain_db: what that gains over the extremes; None: what the search gained.
+    """
+    symmetric, best = best_of(searches)
+    gain_db = decibels(best.before, best.after) if gain_db is None else gain_db
+    lost = decibels(searches[not symmetric].after, best.after) if len(searches) > 1 else None
+    found = {}
+    for job, (scale, zero_point) in zip(group, best.weights, strict=True):
+        searched = Searched(best.low, best.high, scale, zero_point, gain_db, symmetric, lost)
+        found[job.site.path] = replace(inputs[job.site.path], searched=searched)
+    return found
+
+
+def decibels(before: float, after: float) -> float:
+    """How much less the second error is; 0 where there is none."""
+    return 10 * math.log10(before / after) if after > 0 and before > 0 else 0.0
+
+
+def readers(step: Quantize, model: nn.Module, group: Sequence[Job], seen: Seen, heard: dict[str, Felt]) -> list[Reader]:
+    """The layers of a group, their weights divided by the factors of their inputs."""
+    found = []
     for job in group:
         module = model.get_submodule(job.site.path)
         weight = weight_of(module, job.site.kind).float()
         how = step.weight_range or ("minmax" if job.grid.bits == 8 else "mse")
         slopes = heard[job.site.path].slopes
-        readers.append(Reader(weight if factor is None else weight / factor, job.grid, how, slopes, _applied(module, job)))
-    return search_ranges(given, readers, input_grid(step), *seen.range(input_grid(step)))
+        weight = weight if seen.factor is None else weight / seen.factor
+        found.append(Reader(weight, job.grid, how, slopes, _applied(module, job)))
+    return found
+
+
+@torch.no_grad()
+def _search(
+    step: Quantize, model: nn.Module, group: list[Job], inputs: dict[str, Seen], heard: dict[str, Felt], symmetric: bool
+) -> Ranges:
+    seen, grid = inputs[group[0].site.path], input_grid(step, symmetric)
+    given = heard[group[0].site.path].inputs
+    if seen.factor is not None:
+        given = given * seen.factor
+    return search_ranges(given, readers(step, model, group, seen, heard), grid, *seen.range(grid))
 
 
 def _applied(module: nn.Module, job: Job) -> Callable[[Tensor, Tensor], Tensor]:

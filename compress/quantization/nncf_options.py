@@ -75,7 +75,7 @@ def nncf_settings(step: Quantize) -> NncfSettings:
     alpha = _ALPHA if step.alpha is None else step.alpha
     return NncfSettings(
         alpha=alpha if step.smooth else -1.0,
-        symmetric_inputs=step.activation_symmetric,
+        symmetric_inputs=step.activation_symmetric is True,
         per_channel=step.granularity != "tensor",
         range=step.range if chosen and step.range in ("minmax", "percentile") else None,
         percentile=step.percentile,

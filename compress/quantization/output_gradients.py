@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from calibrate.capture import counted, split
 from calibrate.errors import UserError
-from calibrate.modes import modes_kept
+from calibrate.modes import frozen, modes_kept
 from calibrate.second_moment import SecondMoment
 from calibrate.signature import Batch
 
-__all__ = ["Felt", "felt", "table_moment"]
+__all__ = ["Felt", "felt", "felt_again", "table_moment"]
 
 Call = Callable[[nn.Module, Batch], Tensor]
 
@@ -45,10 +45,13 @@ class Felt:
     Attributes:
         inputs: [N, C], or [B, C, h, w] of a convolution.
         slopes: [N, O], or [B, O, h, w].
+        places: where the positions were: the piece of the rows, the call of the layer, and which of its positions that count
+            (or images).
     """
 
     inputs: Tensor
     slopes: Tensor
+    places: tuple[tuple[int, int, Tensor], ...] = ()
 
 
 def felt(
@@ -72,7 +75,8 @@ def felt(
     share = 1 / max(len(pieces), 1)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in paths}
-    for batch in pieces:
+    places: dict[str, list[tuple[int, int, Tensor]]] = {path: [] for path in paths}
+    for piece, batch in enumerate(pieces):
         chosen: dict[int, Tensor] = {}
         inputs, gradients = _probed(model, call, batch, paths, _PROBES, generator)
         for (path, number), given in inputs.items():
@@ -84,16 +88,58 @@ def felt(
                 images = max(1, round(wanted / given[0, 0].numel()))
                 if not found[path] or found[path][0][0].shape[1:] == given.shape[1:]:
                     found[path].append((given[:images].clone(), slopes[:images].clone()))
+                    places[path].append((piece, number, torch.arange(len(found[path][-1][0]))))
                 continue
-            flat, flat_slopes = given.reshape(-1, given.shape[-1]), slopes.reshape(-1, slopes.shape[-1])
-            if mask is not None:
-                flat, flat_slopes = flat[mask.reshape(-1)], flat_slopes[mask.reshape(-1)]
+            flat, flat_slopes = _flat(given, mask), _flat(slopes, mask)
             if len(flat) not in chosen:
                 most = max(1, round(wanted))
                 chosen[len(flat)] = torch.randperm(len(flat), generator=generator)[:most].sort().values
             found[path].append((flat[chosen[len(flat)]].clone(), flat_slopes[chosen[len(flat)]].clone()))
-    return {path: Felt(torch.cat([one[0] for one in parts]), torch.cat([one[1] for one in parts]))
+            places[path].append((piece, number, chosen[len(flat)]))
+    return {path: Felt(torch.cat([one[0] for one in parts]), torch.cat([one[1] for one in parts]), tuple(places[path]))
             for path, parts in found.items() if parts}  # fmt: skip
+
+
+def felt_again(model: nn.Module, call: Call, batches: Iterable[Batch], before: Mapping[str, Felt]) -> dict[str, Tensor]:
+    """What the layers receive as the model is now, at the very positions of ``before``; nothing is differentiated.
+
+    Args:
+        batches: the rows that ``felt`` was given.
+    """
+    received: dict[_Place, Tensor] = {}
+    calls = Counter[str]()
+
+    def hook(path: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            received[path, calls[path]] = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            calls[path] += 1
+
+        return note
+
+    found: dict[str, list[Tensor]] = {path: [] for path in before}
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True) for path in before]
+    try:
+        with frozen(model):
+            for piece, batch in enumerate(split(batches, _ROWS)):
+                received.clear()
+                calls.clear()
+                call(model, batch)
+                for path, one in before.items():
+                    image = isinstance(model.get_submodule(path), nn.Conv2d)
+                    for _, number, which in (place for place in one.places if place[0] == piece):
+                        given = received[path, number].float()
+                        mask = counted(given, batch.get("attention_mask"))
+                        found[path].append((given if image else _flat(given, mask))[which].clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: torch.cat(parts) for path, parts in found.items()}
+
+
+def _flat(values: Tensor, mask: Tensor | None) -> Tensor:
+    """[.., C] as [N, C], the positions that count."""
+    flat = values.reshape(-1, values.shape[-1])
+    return flat if mask is None else flat[mask.reshape(-1)]
 
 
 def table_moment(

@@ -86,10 +86,17 @@ def site_job(step: Quantize, model: nn.Module, site: Site, options: SiteOptions,
     return Job(site, replace(grid, reduced=reduced), rounds_input, table)
 
 
-def site_layer(step: Quantize, model: nn.Module, job: Job, channels: int | None = None) -> QuantizedLayer:
-    """The layer that would stand at a site, its codes still zero; ``channels``: of a factor for its inputs."""
-    symmetric = step.activation_symmetric and step.activations == "static"
-    activation: dict[str, Any] = {"kind": step.activations, "bits": step.activation_bits, "symmetric": symmetric}
+def site_layer(
+    step: Quantize, model: nn.Module, job: Job, channels: int | None = None, symmetric: bool | None = None
+) -> QuantizedLayer:
+    """The layer that would stand at a site, its codes still zero.
+
+    Args:
+        channels: of a factor for its inputs.
+        symmetric: whether its input has no zero point, where that is chosen site by site.
+    """
+    without_zero_point = input_grid(step, symmetric).symmetric and step.activations == "static"
+    activation: dict[str, Any] = {"kind": step.activations, "bits": step.activation_bits, "symmetric": without_zero_point}
     if channels is not None:
         activation["channels"] = channels
     module = model.get_submodule(job.site.path)
@@ -106,9 +113,9 @@ def action(step: Quantize, job: Job) -> str:
     return f"weights {grid.bits} bits per {unit}{inputs}"
 
 
-def input_grid(step: Quantize) -> Grid:
-    """The grid of static activations."""
-    return Grid(step.activation_bits, step.activation_symmetric, "tensor")
+def input_grid(step: Quantize, symmetric: bool | None = None) -> Grid:
+    """The grid of static activations; with ``activation_symmetric: best`` it has zero points where nothing else was found."""
+    return Grid(step.activation_bits, step.activation_symmetric is True if symmetric is None else symmetric, "tensor")
 
 
 def _require_gradients(step: Quantize, model: nn.Module) -> None:

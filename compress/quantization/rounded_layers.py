@@ -25,6 +25,7 @@ from compress.layers.conversion import QuantizedLayer, weight_of
 from compress.layers.fitting import Seen, fit_input, pair_limit, shift_bias, shorten_bias, store_weight
 from compress.quantization.calibrated_inputs import calibrated, second_moments, smoothed_inputs, table_moments
 from compress.quantization.hessian_ranges import searched_ranges
+from compress.quantization.joint_ranges import joint_ranges
 from compress.quantization.massive_inputs import loud_streams, protected
 from compress.quantization.quantized_sites import Job, input_grid, plan_sites, site_job, site_layer
 from compress.quantization.site_options import SiteOptions
@@ -52,6 +53,7 @@ def round_sites(step: Quantize, model: nn.Module, context: Context) -> nn.Module
         captured = calibrated(step, model, context, jobs)
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
     inputs = searched_ranges(step, model, context, jobs, inputs)
+    inputs = joint_ranges(step, model, context, jobs, inputs, lambda job, seen: _filled(step, model, job, seen, None)[0])
     jobs, inputs = protected(step, model, context, jobs, inputs, loud, lambda job, seen: _filled(step, model, job, seen, None)[0])
     ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
     tables = table_moments(step, model, context, jobs, ties)
@@ -97,7 +99,8 @@ def site_layers(
         settings: by path, of every site that ``plan_sites`` names.
     """
     if step.range == "hessian":
-        step = step.model_copy(update={"range": "mse"})
+        schemes = {"activation_symmetric": step.activation_symmetric is True}
+        step = step.model_copy(update={"range": "mse", "bridges": "alone", **schemes})
     jobs, _ = plan_sites(step, model, context.anatomy)
     captured = calibrated(step, model, context, jobs)
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
@@ -154,7 +157,8 @@ def _filled(
     module = model.get_submodule(path)
     weight = weight_of(module, kind)
     factor = None if seen is None or seen.factor is None else seen.factor.to(weight.device)
-    layer = site_layer(step, model, job, None if factor is None else weight.shape[1]).to(weight.device)
+    symmetric = None if seen is None or seen.searched is None else seen.searched.symmetric
+    layer = site_layer(step, model, job, None if factor is None else weight.shape[1], symmetric).to(weight.device)
     if layer.bias is not None:
         layer.bias.copy_(module.get_parameter("bias"))
     inputs: dict[str, Any] = {}
@@ -165,7 +169,7 @@ def _filled(
                 f"the input of {path} is always 0 on the calibration rows: it has no range",
                 f"Use rows that reach it, or leave it float with skip: [{path}].",
             )
-        inputs["activation"] = fit_input(layer, seen, input_grid(step), step.range)
+        inputs["activation"] = fit_input(layer, seen, input_grid(step, symmetric), step.range)
     says = _round(step, path, layer, weight if factor is None else weight / factor, factor, moment, seen) | inputs
     mean = seen.mean if seen is not None else None if moment is None else moment.mean
     if step.bias_correction and layer.bias is not None and mean is not None:
