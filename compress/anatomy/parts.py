@@ -169,6 +169,7 @@ class Anatomy:
             "convolutions": roles.get("conv", []),
             "norms": roles.get("norm", []),
             "joins": self.joins,
+            "bridges": [_bridge_json(bridge) for bridge in self.bridges],
             "unplaced": list(self.unplaced),
             "totals": self.totals,
             "sites": [_site_json(site) for site in self.sites],
@@ -208,6 +209,10 @@ def _total(sites: Sequence[Site], what: Literal["parameters", "bytes"]) -> int:
 def _block_json(block: Block) -> dict[str, Any]:
     names = ("index", "path", "container", "position", "heads", "kv_heads", "head_dim", "roles")
     return {name: getattr(block, name) for name in (*names, "parameters", "flops", "bytes")}
+
+
+def _bridge_json(bridge: Bridge) -> dict[str, Any]:
+    return {"crossing": bridge.crossing, "before": list(bridge.before), "after": list(bridge.after)}
 
 
 def _site_json(site: Site) -> dict[str, Any]:

@@ -29,6 +29,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 SOURCES = {
     ("sst2", 8): "sst2-int8-best", ("sst2", 4): "sst2-w4a8",
     ("cifar10", 8): "cifar10-vit-int8", ("cifar10", 4): "cifar10-vit-w4a8",
+    ("hybrid", 8): "cifar10-hybrid-int8",
 }  # fmt: skip
 STEPS: dict[str, dict[str, Any]] = {
     "zero points": {"activation_symmetric": False},

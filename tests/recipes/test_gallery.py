@@ -52,6 +52,7 @@ SLOW = {
     "nested-text-encoder", "one-bit-text-encoder", "fused-image-tokens", "narrow-text-encoder", "fuse-language-model",
     "accuracy-driven", "int4-text-encoder", "ranges-by-gradients", "drop-attention", "sentence-embeddings", "linear-attention",
     "float16", "mixed-bits", "fused-hybrid", "language-model-int8",
+    "float16", "mixed-bits", "fused-hybrid", "mobile-hybrid",
 }  # fmt: skip
 """Recipes whose passes and files other recipes, or tests of their own, have too."""
 
@@ -153,6 +154,7 @@ CASES = [
     Case("image-tower-phone", "clip", (("rows: 256", "rows: 32"),)),
     Case("image-tower-phone", "siglip", (("rows: 256", "rows: 32"),), evaluate=False),
     Case("mobile-hybrid", "mobilevit", (("rows: 500", "rows: all"),), evaluate=False),
+    Case("mobile-hybrid-int8", "mobilevit", (("rows: 256", "rows: 16"), ("rows: 1000", "rows: all"))),
     Case(
         "fused-hybrid", "timm:test_byobnet", (("timm:fastvit_t8", "timm:test_byobnet"), ("rows: 500", "rows: all")), least_db=20
     ),
