@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calibrate import float8
+
 __all__ = ["Bits", "Granularity", "Grid", "offset", "pack", "unit", "unpack"]
 
 Bits = Literal[2, 3, 4, 8]
@@ -24,6 +26,9 @@ class Grid:
     no zero point (it is 0). Weights of any rank are seen as a matrix [O, I]; ``scale`` and ``zero_point`` are [O, G]
     (``channel``: G = 1; ``group``: G = I / group_size) or [1, 1] (``tensor``).
 
+    With ``e4m3`` codes are the bits of 8-bit floating point numbers (``calibrate.float8``), ``value = number * scale``, and a
+    scale is the largest value over 448.
+
     Bound: a value inside the range that the scale was made for is returned with an error of at most ``scale / 2``; with an
     integer zero point in range, zero is returned exactly (Jacob et al. 2018, arXiv 1712.05877, sec. 2.1).
     """
@@ -33,13 +38,16 @@ class Grid:
     granularity: Granularity = "channel"
     group_size: int | None = None
     reduced: bool = False
+    e4m3: bool = False
 
     @property
     def low(self) -> int:
-        return -self.high - 1
+        return -self.high - (not self.e4m3)
 
     @property
     def high(self) -> int:
+        if self.e4m3:
+            return int(float8.LARGEST)
         return (1 << (self.bits - 1 - (self.reduced and self.bits == 8))) - 1
 
     def blocks(self, values: Tensor) -> Tensor:
@@ -75,12 +83,14 @@ class Grid:
         """Codes (int8, same shape as ``values``), rounded half to even and clamped; ``scale`` as the class says."""
         blocks = self.blocks(values.float())
         codes = blocks / scale.unsqueeze(-1)
+        if self.e4m3:
+            return float8.codes(codes).reshape(values.shape)
         codes = codes.round() if zero_point is None else codes.round() + zero_point.unsqueeze(-1)
         return codes.clamp(self.low, self.high).to(torch.int8).reshape(values.shape)
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Values (float32, same shape as ``codes``)."""
-        blocks = self.blocks(codes).float()
+        blocks = float8.values(self.blocks(codes)) if self.e4m3 else self.blocks(codes).float()
         if zero_point is not None:
             blocks = blocks - zero_point.unsqueeze(-1).float()
         return (blocks * scale.unsqueeze(-1)).reshape(codes.shape)

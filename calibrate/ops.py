@@ -10,10 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calibrate import float8
 from calibrate.bits import integers
 from calibrate.grid import unpack
 
-__all__ = ["binary", "dequantize", "embedding", "quantize_dequantize", "quantize_dequantize_dynamic"]
+__all__ = [
+    "binary",
+    "dequantize",
+    "dequantize_e4m3",
+    "embedding",
+    "quantize_dequantize",
+    "quantize_dequantize_dynamic",
+    "quantize_dequantize_e4m3",
+]
 
 
 def _dense(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -40,6 +49,23 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
 
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, shape: list[int]) -> Tensor:
+    return scale.new_empty(shape)
+
+
+@torch.library.custom_op("compress::dequantize_e4m3", mutates_args=())
+def dequantize_e4m3(codes: Tensor, scale: Tensor, shape: list[int]) -> Tensor:
+    """Weights of the given ``shape``, seen as [O, I], from numbers of 8-bit floating point (``calibrate.float8``).
+
+    Args:
+        codes: int8, the bits of the numbers, one-dimensional.
+        scale: [O, 1] or [1, 1], floating point; its dtype is that of the result.
+    """
+    numbers = float8.values(codes).to(scale.dtype)
+    return (numbers.reshape(scale.shape[0], -1) * scale).reshape(shape)
+
+
+@dequantize_e4m3.register_fake
+def _(codes: Tensor, scale: Tensor, shape: list[int]) -> Tensor:
     return scale.new_empty(shape)
 
 
@@ -102,6 +128,19 @@ def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int)
 
 @quantize_dequantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("compress::quantize_dequantize_e4m3", mutates_args=())
+def quantize_dequantize_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """Activations rounded to 8-bit floating point with a static per-tensor scale (float32, zero-dimensional), and back; beyond
+    ``448 * scale`` they are cut off."""
+    unit = scale.to(x.dtype)
+    return float8.rounded(x / unit) * unit
+
+
+@quantize_dequantize_e4m3.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 

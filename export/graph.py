@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from calibrate.errors import UserError
 from calibrate.signature import Batch, Signature, raw_path
 
-__all__ = ["Traceable", "Untraceable", "cast_layers", "weight_only"]
+__all__ = ["Traceable", "Untraceable", "cast_layers", "is_float8", "weight_only"]
 
 
 class Untraceable(UserError):
@@ -125,6 +125,11 @@ def weight_only(model: nn.Module) -> list[str]:
 def cast_layers(model: nn.Module) -> dict[str, str]:
     """Layers that compute in 16 bits between float32, by path, with the type: the model itself says which floats are short."""
     return {path: module.cast_to for path, module in model.named_modules() if isinstance(getattr(module, "cast_to", None), str)}
+
+
+def is_float8(module: nn.Module) -> bool:
+    """Whether a layer's weight, and what meets it, are numbers of 8-bit floating point (``calibrate.float8``)."""
+    return bool(getattr(getattr(getattr(module, "quantized_weight", None), "grid", None), "e4m3", False))
 
 
 @contextmanager

@@ -27,8 +27,8 @@ CODES = "compress.codes"
 
 ``initializer`` (name), ``bits``, ``shape`` (of the weight), ``order`` ("OI": as the weight, "IO": transposed), ``storage``
 ("int8", "int4", "int2", "bits": code + 2**(bits-1) in bytes, the first in the lowest bits, or "planes" of single bits, with
-the initializers ``multiples`` and ``shift``: ``calibrate.bits``) and, where several sites share an initializer, ``start`` and
-``stop`` on its outputs.
+the initializers ``multiples`` and ``shift``: ``calibrate.bits``, or "e4m3": ``calibrate.float8``) and, where several sites
+share an initializer, ``start`` and ``stop`` on its outputs.
 """
 
 LIMIT_BYTES = 2**31 - 2**26
@@ -224,7 +224,7 @@ def contents(path: Path) -> Contents:
 
 
 def _type_name(name: str) -> str:
-    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())
+    return {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT8E4M3FN": "float8_e4m3"}.get(name, name.lower())
 
 
 def _codes(held: Mapping[str, Any], place: Mapping[str, Any]) -> np.ndarray[Any, Any]:
@@ -239,6 +239,8 @@ def _codes(held: Mapping[str, Any], place: Mapping[str, Any]) -> np.ndarray[Any,
         packed = offset(torch.from_numpy(np.array(tensor.numpy()).reshape(-1)), bits)
         flat = unpack(packed, bits, [packed.numel() * 8 // bits])
         array = flat.numpy()[: place.get("rows", outputs) * inputs]
+    elif place["storage"] == "e4m3":
+        array = np.array(tensor.numpy()).view(np.int8)
     else:
         array = np.array(tensor.numpy()).astype(np.int8)
     matrix = array.reshape(inputs, -1).T if place["order"] == "IO" else array.reshape(-1, inputs)

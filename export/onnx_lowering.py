@@ -178,10 +178,10 @@ class Lowering:
         return self.constant(value, like.dtype)
 
     def packed(self, array: Callable[[], np.ndarray[Any, Any]], onnx_type: str, shape: Sequence[int], name: str) -> Held:
-        """An initializer of an element type that torch does not have (INT4), or one whose bytes are made while writing."""
+        """An initializer of an element type that numpy has not (INT4, FLOAT8), or one whose bytes are made while writing."""
         name = self.unique(name)
         kind, sizes = getattr(self.ir.DataType, onnx_type), self.ir.Shape(shape)
-        form: Any = self.ir.Tensor if onnx_type.endswith("INT8") else self.ir.PackedTensor
+        form: Any = self.ir.PackedTensor if onnx_type.endswith(("INT4", "INT2")) else self.ir.Tensor
 
         def made() -> Any:
             return form(array(), dtype=kind, shape=sizes, name=name)

@@ -76,7 +76,7 @@ def at_risk(model: nn.Module) -> list[str]:
 
 def _wide(layer: nn.Module) -> bool:
     held: Any = getattr(layer, "quantized_weight", None)
-    if held is None or getattr(layer, "activation", None) is None:
+    if held is None or getattr(layer, "activation", None) is None or getattr(getattr(held, "grid", None), "e4m3", False):
         return False
     if held.scale.shape[1] > 1:  # groups: each code is multiplied by a whole number, up to what int8 holds
         return not held.grid.reduced

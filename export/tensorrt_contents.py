@@ -88,7 +88,8 @@ def _held(plan: bytes, codes: np.ndarray[Any, Any]) -> bool:
 
 
 def _fewer_integers(listing: Listing, given: Contents) -> bool:
-    return any(listing.constant_bytes.get(kind, 0) < given.bytes_by_dtype.get(kind, 0) for kind in ("int8", "int4"))
+    kinds = ("int8", "int4", "float8_e4m3")
+    return any(listing.constant_bytes.get(kind, 0) < given.bytes_by_dtype.get(kind, 0) for kind in kinds)
 
 
 def _few_bits(codes: np.ndarray[Any, Any]) -> bool:

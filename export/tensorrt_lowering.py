@@ -25,7 +25,7 @@ from export.onnx_values import Held
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["explicit", "float32_scales"]
+__all__ = ["explicit", "float32_scales", "scaled"]
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 _VIEWS = ("Transpose", "Cast")
@@ -57,7 +57,7 @@ def _dequantize(b: Lowering, codes: Held, scale: Held, zero_point: Held | None, 
     if zero_point is not None:
         raise b.refuse("TensorRT takes symmetric weights only", "Use symmetric: true for the weights.")
     stored = _stored(b, path, codes.const, bits, tuple(shape))
-    return _scaled(b, path, stored, scale, shape)
+    return scaled(b, path, stored, scale, shape)
 
 
 def _binary(b: Lowering, codes: Held, multiples: Held | None, shift: Held | None, scale: Held, shape: Sequence[int]) -> Held:
@@ -77,10 +77,10 @@ def _binary(b: Lowering, codes: Held, multiples: Held | None, shift: Held | None
         b.shared[key] = b.packed(made, kind, tuple(shape), f"{path}.codes")
     entry = {"initializer": b.of(b.shared[key]).name, "bits": 4 if narrow else 8, "shape": list(shape), "order": "OI"}
     b.codes.setdefault(path, entry | {"storage": kind.lower()})
-    return _scaled(b, path, b.shared[key], scale, shape)
+    return scaled(b, path, b.shared[key], scale, shape)
 
 
-def _scaled(b: Lowering, path: str, stored: Held, scale: Held, shape: Sequence[int]) -> Held:
+def scaled(b: Lowering, path: str, stored: Held, scale: Held, shape: Sequence[int]) -> Held:
     """DequantizeLinear of codes in the weight's own shape."""
     assert scale.const is not None
     groups = 1 if scale.const.numel() == 1 else scale.const.shape[1]

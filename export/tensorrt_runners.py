@@ -38,6 +38,11 @@ def gpu_name() -> str | None:
     return found.value.decode(errors="replace")
 
 
+_WRONG_FOR_FLOATS = ["ReluQuantRewrite"]
+"""Rewrites of ONNX Runtime that are wrong before a QuantizeLinear to 8-bit floating point: a Relu there is taken out, as if the
+zero point were the smallest number (1.31)."""
+
+
 class ProxyRunner(Runner):
     """The Q/DQ file in ONNX Runtime on the CPU, node by node as it is written.
 
@@ -57,7 +62,8 @@ class ProxyRunner(Runner):
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        self.session: Any = ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+        providers = ["CPUExecutionProvider"]
+        self.session: Any = ort.InferenceSession(str(onnx), options, providers=providers, disabled_optimizers=_WRONG_FOR_FLOATS)
         self.runtime = f"onnxruntime {ort.__version__} CPU (proxy for {runtime})"
         first = self.session.get_inputs()[0].shape[0]
         self.rows = first if isinstance(first, int) else None

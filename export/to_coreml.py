@@ -26,7 +26,7 @@ from export.coreml_contents import CODES, PARAMETERS, infinite, read_contents
 from export.coreml_ops import Carrier, conversion, decomposed, finite, fused_attention
 from export.coreml_weights import Target, binary_refusal, refusal
 from export.disk import readable, space
-from export.graph import Traceable, cast_layers, weight_only
+from export.graph import Traceable, cast_layers, is_float8, weight_only
 from export.mil_package import MODEL, Package, coremltools, package_files, quiet
 
 __all__ = ["CoreMLExporter"]
@@ -82,6 +82,7 @@ class CoreMLExporter(Exporter):
                 reason = _weight_refusal(self.target, weight)
                 refused += [(path, reason)] if reason else []
             kind = getattr(activation, "kind", None)
+            refused += [(path, "Core ML has no FP8; use weights: 8")] if is_float8(module) else []
             if kind == "dynamic":
                 refused.append((path, "Core ML has no dynamic activation quantization; use static activations or none"))
             elif kind in ("static", "binary") and self.target == "iOS16":

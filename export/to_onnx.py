@@ -16,7 +16,7 @@ from torch import nn
 
 from calibrate.errors import MissingRuntime, UserError
 from export.contract import Artifact, Contents, Exporter, Forecast, NotRun, Runner
-from export.graph import Traceable, cast_layers
+from export.graph import Traceable, cast_layers, is_float8
 from export.onnx_file import CODES, LIMIT_BYTES, contents, made_bytes, write, written_bytes
 from export.onnx_lowering import Dialect
 from export.onnx_runner import OnnxRunner, OpenVinoRunner, executed_ops, optimized
@@ -99,6 +99,7 @@ def _lowerable(program: Any) -> Any:
     """The program as it is where every operation has a lowering; else with the others decomposed by torch."""
     from export import (  # noqa: F401
         onnx_carried,
+        onnx_float8,
         onnx_ops,
         onnx_ops_activations,
         onnx_ops_made,
@@ -212,6 +213,8 @@ class OnnxExporter(Exporter):
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
         reason = "ONNX Runtime has no products in bfloat16 on a CPU; cast to float16"
         found = [(path, reason) for path, kind in cast_layers(model).items() if kind == "bfloat16"]
+        floats = "no runtime multiplies FP8 on a CPU, where weights: 8 is as small and faster; export to tensorrt alone"
+        found += [(path, floats) for path, module in _quantized(model) if is_float8(module)]
         for path, module in _quantized(model):
             activation = getattr(module, "activation", None)
             if activation is not None and activation.kind == "dynamic" and activation.bits != 8:

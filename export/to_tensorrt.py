@@ -22,7 +22,7 @@ from calibrate.errors import MissingRuntime, UserError
 from calibrate.signature import TensorSpec
 from export.contract import Artifact, Contents, Exporter, Forecast, NotRun, Runner
 from export.engine_listing import builder_of
-from export.graph import Traceable, cast_layers, weight_only
+from export.graph import Traceable, cast_layers, is_float8, weight_only
 from export.memory import resident_bytes
 from export.tensorrt_contents import engine_contents, engine_report, qdq_path
 from export.tensorrt_job import LIBRARIES, build_engine, product
@@ -34,7 +34,7 @@ Range = tuple[PositiveInt, PositiveInt, PositiveInt]
 ComputeCapability = Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]
 BuilderName = Literal["tensorrt", "tensorrt-rtx"]
 
-_OPSET = 21
+_OPSET, _FLOAT8_SINCE = 21, 8.9
 
 
 class TensorRTExporter(Exporter):
@@ -88,11 +88,13 @@ class TensorRTExporter(Exporter):
 
     def refuses(self, model: nn.Module) -> list[tuple[str, str]]:
         """What TensorRT has no form for. Codes of 2 and 3 bits are taken: they are stored, unchanged, as INT4."""
+        old = [name for name in self.compute_capabilities if float(name) < _FLOAT8_SINCE]
+        fp8 = f"GPUs of compute capability {', '.join(old)} have no FP8: {_FLOAT8_SINCE} and later have; leave those out"
         return [
             (path, reason)
             for path, module in model.named_modules()
             if hasattr(module, "quantized_weight")
-            for reason in _refusals(module)
+            for reason in [*_refusals(module), *([fp8] if old and is_float8(module) else [])]
         ]
 
     def forecast(self, source: Traceable) -> Forecast:

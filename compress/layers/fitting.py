@@ -146,7 +146,14 @@ def pair_limit(layer: QuantizedLayer, energy: Tensor | None) -> PairLimit | None
         energy: [I], mean squares of the layer's input, factors in it; None: not known.
     """
     grid = layer.quantized_weight.grid
-    if not isinstance(layer, QuantLinear) or layer.activation is None or grid.reduced or grid.bits < 8 or not grid.symmetric:
+    if (
+        not isinstance(layer, QuantLinear)
+        or layer.activation is None
+        or grid.reduced
+        or grid.bits < 8
+        or grid.e4m3
+        or not grid.symmetric
+    ):
         return None
     known = torch.ones(layer.in_features) if energy is None else energy
     return PairLimit(known.to(layer.quantized_weight.scale).clamp(min=1e-6 * float(known.mean()) + 1e-30))
@@ -160,6 +167,7 @@ def store_weight(
     layer.quantized_weight.store(codes, scale, zero_point)
     return {
         "bits": grid.bits,
+        **({"format": "fp8 e4m3"} if grid.e4m3 else {}),
         "granularity": grid.granularity,
         "group_size": grid.group_size,
         "scale": [float(scale.min()), float(scale.max())],

@@ -42,10 +42,13 @@ class Codes(nn.Module):
         return self
 
     def integers(self) -> Tensor:
-        """Signed codes (int8) in the weight's shape."""
+        """Signed codes (int8) in the weight's shape; the bits of floating point numbers where the grid is of those."""
         return unpack(self.codes, self.grid.bits, self.shape)
 
     def forward(self) -> Tensor:
+        if self.grid.e4m3:
+            numbers: Tensor = ops.dequantize_e4m3(self.codes, self.scale, list(self.shape))
+            return numbers
         values: Tensor = ops.dequantize(self.codes, self.scale, self.zero_point, self.grid.bits, list(self.shape))
         return values
 
@@ -57,7 +60,7 @@ class ActivationGrid(nn.Module):
     """Rounds its input to a per-tensor grid: a static one (``scale``, ``zero_point``), or one made from each tensor.
 
     With ``channels`` every channel C of the input [..., C] is multiplied by its own ``factor`` first; the layer's weight
-    has been divided by it.
+    has been divided by it. ``e4m3``: the static grid is of 8-bit floating point numbers.
     """
 
     scale: Tensor
@@ -65,10 +68,15 @@ class ActivationGrid(nn.Module):
     factor: Tensor | None
 
     def __init__(
-        self, kind: Literal["static", "dynamic"], bits: int = 8, symmetric: bool = True, channels: int | None = None
+        self,
+        kind: Literal["static", "dynamic"],
+        bits: int = 8,
+        symmetric: bool = True,
+        channels: int | None = None,
+        e4m3: bool = False,
     ) -> None:
         super().__init__()
-        self.kind, self.bits, self.symmetric = kind, bits, symmetric
+        self.kind, self.bits, self.symmetric, self.e4m3 = kind, bits, symmetric, e4m3
         self.register_buffer("factor", None if channels is None else torch.ones(channels))
         if kind == "static":
             self.register_buffer("scale", torch.ones(()))
@@ -76,7 +84,8 @@ class ActivationGrid(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What rebuilds it, as JSON."""
-        made = {"kind": self.kind, "bits": self.bits, "symmetric": self.symmetric}
+        made: dict[str, Any] = {"kind": self.kind, "bits": self.bits, "symmetric": self.symmetric}
+        made |= {"e4m3": True} if self.e4m3 else {}
         return made if self.factor is None else made | {"channels": self.factor.numel()}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,6 +93,8 @@ class ActivationGrid(nn.Module):
             x = x * self.factor
         if self.kind == "dynamic":
             rounded: Tensor = ops.quantize_dequantize_dynamic(x, self.bits)
+        elif self.e4m3:
+            rounded = ops.quantize_dequantize_e4m3(x, self.scale)
         else:
             rounded = ops.quantize_dequantize(x, self.scale, self.zero_point, self.bits)
         return rounded

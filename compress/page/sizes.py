@@ -11,7 +11,7 @@ from compress.report import Report
 __all__ = ["FileBytes", "Part", "RoleBar", "files", "legend", "roles"]
 
 _FLOAT = ("float64", "float32", "bfloat16", "float16")
-_ORDER = (*_FLOAT, "float8", "int8", "uint8", "int4", "uint4", "int2", "uint2", "bool")
+_ORDER = (*_FLOAT, "float8_e4m3", "int8", "uint8", "int4", "uint4", "int2", "uint2", "bool")
 
 
 @dataclass(frozen=True)

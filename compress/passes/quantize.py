@@ -16,6 +16,7 @@ from compress.layers.fitting import shorten_bias
 from compress.passes.contract import Context, Pass, Target, blank
 from compress.quantization.bit_choice import choose, forecast
 from compress.quantization.bit_driver import drive
+from compress.quantization.float8 import float8_refusal
 from compress.quantization.joint_ranges import require_bridges
 from compress.quantization.nncf_layers import put_in
 from compress.quantization.nncf_options import nncf_refusal, nncf_settings
@@ -79,8 +80,10 @@ class Quantize(Pass):
         description="nncf: ranges, factors, biases and codes are found by NNCF (Intel's toolkit, extra nncf) on the torch model; "
         "an option that it lacks is refused.",
     )
-    weights: Bits = Field(
-        8, description="Bits of each weight. TensorRT holds 3 and 2 in 4, Core ML 3 in 4 where groups have 64 inputs or fewer."
+    weights: Bits | Literal["fp8"] = Field(
+        8,
+        description="Bits of each weight. TensorRT holds 3 and 2 in 4, Core ML 3 in 4 where groups have 64 inputs or fewer. fp8: "
+        "8-bit floating point (E4M3), and inputs too, for TensorRT on GPUs of compute capability 8.9 and later.",
     )
     granularity: Granularity | None = Field(
         None,
@@ -245,7 +248,7 @@ class Quantize(Pass):
             raise ValueError(
                 "mixed has no budget\nAdd size_ratio, size_mb, loss_db or latency_ratio to it, or max_drop beside it."
             )
-        if wrong := self._useless():
+        if wrong := float8_refusal(self) or self._useless():
             raise ValueError(wrong)
         if self.mixed is not None and self.mixed.budgets and self.max_drop is not None:
             raise ValueError("max_drop and a budget of mixed both say how far to go\nKeep one of them.")

@@ -20,6 +20,7 @@ from compress.depth.output_scores import first_rows
 from compress.distillation.walk import Walk
 from compress.layers.conversion import weight_of
 from compress.layers.fitting import Seen, column_energy
+from compress.quantization.float8 import is_float8, range_of, smooths
 from compress.quantization.folding import folds
 from compress.quantization.output_gradients import table_moment
 from compress.quantization.quantized_sites import Job, input_grid
@@ -62,7 +63,7 @@ def smoothed_inputs(step: Quantize, model: nn.Module, context: Context, jobs: li
     """What was seen at each site whose input is rounded; factors that can be are folded into the model."""
     by_path = {job.site.path: job for job in jobs if job.rounds_input}
     inputs = {path: Seen.of(captured, path) for path in by_path}
-    if not step.smooth:
+    if not smooths(step):
         return inputs
     groups: dict[str, list[Job]] = {}
     for path, seen in inputs.items():
@@ -146,12 +147,12 @@ def _requests(step: Quantize, model: nn.Module, context: Context, jobs: list[Job
     """What is observed at each site; sites that read the same tensor get the same observers."""
     kinds = {job.site.path: job.site.kind for job in jobs}
     first = next(iter(context.calibration()), None)
-    leaders = {} if first is None else shared_inputs(model, context.call, first, dict.fromkeys(kinds, step.range))
+    leaders = {} if first is None else shared_inputs(model, context.call, first, dict.fromkeys(kinds, range_of(step)))
     importance: dict[str, Tensor] = {}
     for path, kind in kinds.items():
         leader, columns = leaders.get(path, path), column_energy(model.get_submodule(path), kind)
         importance[leader] = importance[leader] + columns if leader in importance else columns
-    method: RangeMethod = "minmax" if step.range == "hessian" else step.range
+    method: RangeMethod = "minmax" if step.range == "hessian" or is_float8(step) else step.range
     made = {leader: (range_observer(method, step.percentile, energy), Channels()) for leader, energy in importance.items()}
     return {path: made[leaders.get(path, path)] for path in kinds}
 

@@ -32,7 +32,8 @@ def nncf_refusal(step: Quantize) -> str | None:
     if ours := [name for name in _OURS if name in given]:
         return f"{ours[0]}: NNCF has no such option\n{leave}"
     if step.weights not in (8, 4):
-        return f"weights: NNCF has no weights of {step.weights} bits\nUse 8 or 4, or engine: own."
+        told = step.weights if step.weights == "fp8" else f"{step.weights} bits"
+        return f"weights: NNCF has no weights of {told}\nUse 8 or 4, or engine: own."
     if step.activations == "dynamic":
         return "activations: NNCF has no dynamic activations\nUse static or none, or engine: own."
     if step.smooth == "balanced":

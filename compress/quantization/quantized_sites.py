@@ -14,6 +14,7 @@ from compress.anatomy import Anatomy, Site
 from compress.layers import is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer
 from compress.layers.quantized import ActivationGrid
+from compress.quantization.float8 import is_float8
 from compress.quantization.nncf_layers import require_nncf
 from compress.quantization.nncf_options import beyond_nncf
 from compress.quantization.site_options import SiteOptions, label, options_of, overridden
@@ -57,7 +58,7 @@ def plan_sites(step: Quantize, model: nn.Module, anatomy: Anatomy) -> tuple[list
         options = own.get(site.path, SiteOptions())
         reason = "named under skip" if site.path in left else obstacle(model, site.path, site.kind)
         if not reason and step.engine == "nncf":
-            reason = beyond_nncf(step, site, (site.kind == "embedding" and step.embeddings) or step.weights)
+            reason = beyond_nncf(step, site, (site.kind == "embedding" and step.embeddings) or int(step.weights))
         if reason:
             skipped[site.path] = reason
         elif options.weights == "float":
@@ -97,6 +98,7 @@ def site_layer(
     """
     without_zero_point = input_grid(step, symmetric).symmetric and step.activations == "static"
     activation: dict[str, Any] = {"kind": step.activations, "bits": step.activation_bits, "symmetric": without_zero_point}
+    activation |= {"e4m3": True} if is_float8(step) else {}
     if channels is not None:
         activation["channels"] = channels
     module = model.get_submodule(job.site.path)
@@ -109,13 +111,15 @@ def action(step: Quantize, job: Job) -> str:
         return f"weights chosen from {', '.join(label(options_of(one)) for one in step.mixed.candidates)}"
     grid = job.grid
     unit = f"group of {grid.group_size}" if grid.granularity == "group" else grid.granularity
-    inputs = f", inputs {step.activation_bits} bits {step.activations}" if job.rounds_input else ""
-    return f"weights {grid.bits} bits per {unit}{inputs}"
+    bits = "fp8" if is_float8(step) else f"{step.activation_bits} bits"
+    inputs = f", inputs {bits} {step.activations}" if job.rounds_input else ""
+    return f"weights {'fp8' if grid.e4m3 else f'{grid.bits} bits'} per {unit}{inputs}"
 
 
 def input_grid(step: Quantize, symmetric: bool | None = None) -> Grid:
     """The grid of static activations; with ``activation_symmetric: best`` it has zero points where nothing else was found."""
-    return Grid(step.activation_bits, step.activation_symmetric is True if symmetric is None else symmetric, "tensor")
+    without_zero_point = step.activation_symmetric is True if symmetric is None else symmetric
+    return Grid(step.activation_bits, without_zero_point, "tensor", e4m3=is_float8(step))
 
 
 def _require_gradients(step: Quantize, model: nn.Module) -> None:
@@ -157,7 +161,8 @@ def _chosen(step: Quantize, anatomy: Anatomy) -> set[str]:
 
 
 def _grid(step: Quantize, model: nn.Module, site: Site, bits: Bits | None = None) -> Grid:
-    bits = bits or (site.kind == "embedding" and step.embeddings) or step.weights
+    bits = bits or (site.kind == "embedding" and step.embeddings) or (8 if step.weights == "fp8" else step.weights)
+    floats = is_float8(step) and site.kind != "embedding"
     _, columns = matrix_shape(model.get_submodule(site.path), site.kind)
     granularity: Granularity = step.granularity or ("group" if bits < 8 or (step.group_size and not step.several) else "channel")
     if site.kind in ("embedding", "conv2d") and granularity == "group":
@@ -171,7 +176,7 @@ def _grid(step: Quantize, model: nn.Module, site: Site, bits: Bits | None = None
             "Use 8 bits there.",
         )
     if granularity != "group":
-        return Grid(bits, step.symmetric, granularity)
+        return Grid(bits, step.symmetric, granularity, e4m3=floats)
     size = (step.embedding_group_size if site.kind == "embedding" else None) or step.group_size or 32
     if columns % size:
         near = _divisors_near(columns, size)

@@ -24,6 +24,7 @@ from compress.layers import QuantEmbedding
 from compress.layers.conversion import QuantizedLayer, weight_of
 from compress.layers.fitting import Seen, fit_input, pair_limit, shift_bias, shorten_bias, store_weight
 from compress.quantization.calibrated_inputs import calibrated, second_moments, smoothed_inputs, table_moments
+from compress.quantization.float8 import range_of
 from compress.quantization.hessian_ranges import searched_ranges
 from compress.quantization.joint_ranges import joint_ranges
 from compress.quantization.massive_inputs import loud_streams, protected
@@ -169,7 +170,7 @@ def _filled(
                 f"the input of {path} is always 0 on the calibration rows: it has no range",
                 f"Use rows that reach it, or leave it float with skip: [{path}].",
             )
-        inputs["activation"] = fit_input(layer, seen, input_grid(step, symmetric), step.range)
+        inputs["activation"] = fit_input(layer, seen, input_grid(step, symmetric), range_of(step))
     says = _round(step, path, layer, weight if factor is None else weight / factor, factor, moment, seen) | inputs
     mean = seen.mean if seen is not None else None if moment is None else moment.mean
     if step.bias_correction and layer.bias is not None and mean is not None:

@@ -52,7 +52,7 @@ SLOW = {
     "nested-text-encoder", "one-bit-text-encoder", "fused-image-tokens", "narrow-text-encoder", "fuse-language-model",
     "accuracy-driven", "int4-text-encoder", "ranges-by-gradients", "drop-attention", "sentence-embeddings", "linear-attention",
     "float16", "mixed-bits", "fused-hybrid", "language-model-int8",
-    "float16", "mixed-bits", "fused-hybrid", "mobile-hybrid",
+    "mobile-hybrid",
 }  # fmt: skip
 """Recipes whose passes and files other recipes, or tests of their own, have too."""
 
@@ -102,6 +102,7 @@ CASES = [
     Case("sentence-embeddings", "minilm"),
     Case("modernbert-skip", "modernbert", (("tokens: 512", "tokens: 64"), ("rows: 500", "rows: all"))),
     Case("nvidia-text-encoder", "roberta"),
+    Case("nvidia-fp8-text-encoder", "bert", least_db=20),
     Case("what-pays", "distilbert"),
     # Two of five random layers out: nothing of the output is left, as nobody expects.
     Case("drop-layers-then-int8", "bert of five layers", least_db=-10),
