@@ -156,7 +156,8 @@ def _told(entry: Any) -> str:
     if mixed := options.get("mixed"):
         bits = f"weights {' or '.join(map(str, mixed.get('candidates', ['chosen'])))} bits"
     else:
-        bits = f"weights {options.get('weights', 8)} bits"
+        weights = options.get("weights", 8)
+        bits = f"weights {weights} bits" if isinstance(weights, int) else f"weights {weights}"
     return f"{bits}, activations {'float' if rounded == 'none' else rounded}"
 
 

@@ -80,7 +80,7 @@ class Quantize(Pass):
         description="nncf: ranges, factors, biases and codes are found by NNCF (Intel's toolkit, extra nncf) on the torch model; "
         "an option that it lacks is refused.",
     )
-    weights: Bits | Literal["fp8"] = Field(
+    weights: Literal[Bits, "fp8"] = Field(
         8,
         description="Bits of each weight. TensorRT holds 3 and 2 in 4, Core ML 3 in 4 where groups have 64 inputs or fewer. fp8: "
         "8-bit floating point (E4M3), and inputs too, for TensorRT on GPUs of compute capability 8.9 and later.",

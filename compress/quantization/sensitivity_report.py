@@ -14,6 +14,7 @@ from compress.passes.quantize import Quantize
 from compress.progress import Progress
 from compress.quantization.bit_choice import Bits
 from compress.quantization.bit_groups import FLOAT
+from compress.quantization.float8 import is_float8
 from compress.quantization.sensitivity import Sensitivity, decibels, measure
 from compress.quantization.site_options import Choice, SiteOptions, label, options_of
 from compress.sensitivity_view import Cell, Row, View
@@ -123,13 +124,16 @@ def make(
         by: a setting that has to be among those that are measured.
 
     Raises:
-        UserError: it is one by NNCF; ``by`` is not among the settings; or what would stop the
+        UserError: it is one by NNCF or to FP8; ``by`` is not among the settings; or what would stop the
             run, with its place.
     """
     progress = progress or Progress()
     if step.engine != "own":
         what = f"quantize: sites are measured as the own engine rounds them, and the recipe has engine: {step.engine}"
         raise UserError(recipe.place("passes", number, step.name), what, "Take engine out in a copy of the recipe.")
+    if is_float8(step):
+        what = "quantize: weights: fp8 leaves nothing to choose among, and sites are measured at bits of integers"
+        raise UserError(recipe.place("passes", number, step.name), what, "Use weights: 8 in a copy of the recipe.")
     candidates = _candidates(step)
     settings = [label(options_of(one)) for one in candidates]
     check_setting(by, settings)

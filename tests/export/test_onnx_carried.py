@@ -334,12 +334,16 @@ def test_a_flipped_code_is_seen(tmp_path: Path) -> None:
     assert sqnr(reference, OnnxRunner(tmp_path / "shifted.onnx", 1)(batch)) < 30
 
 
-def test_tied_codes_are_stored_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [8, 3])
+def test_tied_codes_are_stored_once(bits: int, tmp_path: Path) -> None:
+    grid = Grid(bits)  # type: ignore[arg-type]
+
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.head = QuantEmbedding((40, 32), Grid()), QuantLinear((40, 32), Grid(), None, False)
-            self.table.quantized_weight.store(torch.randint(-127, 128, (40, 32), dtype=torch.int8), torch.rand(40, 1) / 100, None)
+            self.table, self.head = QuantEmbedding((40, 32), grid), QuantLinear((40, 32), grid, None, False)
+            codes = torch.randint(-grid.high, grid.high + 1, (40, 32), dtype=torch.int8)
+            self.table.quantized_weight.store(codes, torch.rand(40, 1) / 100, None)
             self.head.quantized_weight = self.table.quantized_weight
 
         def forward(self, ids: Tensor) -> Tensor:
@@ -350,13 +354,15 @@ def test_tied_codes_are_stored_once(tmp_path: Path) -> None:
     signature = Signature((TensorSpec("ids", torch.int64, ("batch", "tokens")),))
     artifact = OnnxExporter().write(Traceable(model, signature, batch), tmp_path / "model.onnx")
     found = contents(artifact.path)
-    assert found.bytes_by_dtype["int8"] == 40 * 32
+    assert found.bytes_by_dtype["int8" if bits == 8 else "uint8"] == 40 * 32 * bits // 8
     assert found.codes.keys() == {"table", "head"}
     assert (found.codes["head"] == codes_of(model)["table"]).all()
     assert sqnr(model(batch["ids"]), OnnxRunner(artifact.path, 1)(batch)) >= 25
 
 
-@pytest.mark.parametrize("way", [{}, {"bits": 4}, {"activations": None, "bits": 2}])
+@pytest.mark.parametrize(
+    "way", [{}, {"bits": 4}, {"bits": 3}, {"activations": None, "bits": 3}, {"activations": None, "bits": 2}]
+)
 def test_openvino_runs_the_same_file(way: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     model, signature, batch = quantized("text", **way)

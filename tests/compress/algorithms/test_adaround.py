@@ -13,7 +13,7 @@ from compress.algorithms.adaround import adaround
 from compress.algorithms.gptq import output_error
 from compress.algorithms.rounding import codes_of, scales_of
 
-GRIDS = [Grid(8), Grid(4), Grid(2), Grid(4, False), Grid(4, True, "tensor"), Grid(4, False, "group", 8)]
+GRIDS = [Grid(8), Grid(4), Grid(2), Grid(4, False), Grid(4, True, "tensor"), Grid(4, False, "group", 8), Grid(3, False)]
 each_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.bits}-{grid.granularity}-{grid.symmetric}")
 
 
