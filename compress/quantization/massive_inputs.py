@@ -27,6 +27,7 @@ from compress.depth.grafts import grafting
 from compress.depth.output_scores import first_rows
 from compress.layers.conversion import weight_of
 from compress.layers.fitting import Seen, column_energy, finite
+from compress.quantization.float8 import is_float8
 from compress.quantization.quantized_sites import Job, input_grid, site_job
 from compress.quantization.site_options import SiteOptions
 
@@ -102,7 +103,7 @@ def protected(
 
 
 def _asked(step: Quantize) -> bool:
-    return step.massive_activations == "protect" and step.activations == "static"
+    return step.massive_activations == "protect" and step.activations == "static" and not is_float8(step)
 
 
 @dataclass
