@@ -16,6 +16,7 @@ from calibrate.capture import Captured
 from calibrate.grid import Grid
 from calibrate.ranges import Channels, RangeObserver, storable
 from compress.algorithms.pair_sums import PairLimit
+from compress.algorithms.reparameterization import Reparameterization
 from compress.algorithms.rounding import rounding_loss
 from compress.algorithms.smoothing import Smoothing
 from compress.layers.conversion import QuantizedLayer, weight_of
@@ -52,6 +53,7 @@ class Seen:
         smoothed: None where the input is rounded as it is.
         folded: the module that makes the input and has the factors inside; None: the layer multiplies.
         searched: ranges that hold in the place of those seen.
+        moved: what became of the scale and zero point of each channel; ``folded`` is the norm that took them.
         ordinary_mean: mean of what the layer receives [C] at positions without massive activations; None: there are none.
         kept: a range of what is rounded that holds in the place of all others: that of the positions without massive activations.
     """
@@ -62,6 +64,7 @@ class Seen:
     smoothed: Smoothing | None = None
     folded: str | None = None
     searched: Searched | None = None
+    moved: Reparameterization | None = None
     kept: tuple[float, float] | None = None
     ordinary_mean: Tensor | None = None
 
@@ -82,21 +85,37 @@ class Seen:
         """Mean of what the layer receives [C], a folded factor in it."""
         if self.ordinary_mean is not None:
             return self.ordinary_mean
+        if self.moved is not None:
+            return (self.channels.mean * self.moved.factor + self.moved.shift).float()
         folded = self.smoothed is not None and self.folded is not None
         return self.channels.mean * self.smoothed.factor if folded and self.smoothed else self.channels.mean
 
     @property
     def energy(self) -> Tensor:
         """Mean square of what is rounded [C], factors in it."""
-        factor = 1.0 if self.smoothed is None else self.smoothed.factor.square()
-        return self.channels.mean_square * factor
+        if self.moved is not None:
+            factor, shift = self.moved.factor, self.moved.shift
+            crossed = 2 * factor * shift * self.channels.mean
+            return (self.channels.mean_square * factor.square() + crossed + shift.square()).clamp(min=0).float()
+        if self.smoothed is None:
+            return self.channels.mean_square
+        return self.channels.mean_square * self.smoothed.factor.square()
 
     def range(self, grid: Grid) -> tuple[float, float]:
         """The range that was seen of what is rounded, as its observer gives it; with factors the extremes."""
+        if self.moved is not None:
+            first, last = (end - self.moved.zero_point for end in (grid.low, grid.high))
+            return first * self.moved.scale, last * self.moved.scale
         if self.smoothed is None:
             return self.ranged.range(grid)
         factor = self.smoothed.factor
         return float((self.channels.low * factor).amin()), float((self.channels.high * factor).amax())
+
+    def before_folding(self, x: Tensor) -> Tensor:
+        """What the layer would receive [..., C] if nothing had been folded into the layer before."""
+        if self.moved is not None:
+            return ((x - self.moved.shift.to(x.device)) / self.moved.factor.to(x.device)).to(x)
+        return x if self.smoothed is None or self.folded is None else x / self.smoothed.factor.to(x)
 
     @property
     def nothing(self) -> bool:
@@ -112,7 +131,11 @@ def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dic
     low, high = seen.range(grid)
     if method == "hessian" and seen.searched is None:
         method = "minmax"
-    if smoothed is None:
+    if seen.moved is not None:
+        zeros = seen.moved.zero_points
+        says |= {"method": "minmax", "clipped_percent": 0.0, "folded_into": seen.folded}
+        says["channel_zero_points"] = [int(zeros.min()), int(zeros.max())]
+    elif smoothed is None:
         says |= {"method": method, "clipped_percent": finite(100 * seen.ranged.clipped(low, high))}
     else:
         if seen.factor is not None:
@@ -131,6 +154,8 @@ def fit_input(layer: QuantizedLayer, seen: Seen, grid: Grid, method: str) -> dic
         low, high = seen.kept
         says |= {"method": "without massive activations", "clipped_percent": None}
     scale, zero_point = storable(grid, torch.tensor(low), torch.tensor(high))
+    if seen.moved is not None and seen.kept is None:
+        scale, zero_point = torch.tensor(seen.moved.scale), torch.tensor(seen.moved.zero_point, dtype=torch.int8)
     activation.scale.copy_(scale)
     if zero_point is not None:
         activation.zero_point.copy_(zero_point)

@@ -70,7 +70,7 @@ class Quantize(Pass):
         "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
         "Frantar et al. 2023, arXiv 2210.17323; Nagel et al. 2020, arXiv 2004.10568; Li et al. 2021, arXiv 2102.05426; Behdin et "
         "al. 2023, arXiv 2309.01885; Yuan et al. 2022, arXiv 2111.12293; Lee et al. 2023, arXiv 2303.12557; Zhang et al. 2024, "
-        "arXiv 2403.07134; Sun et al. 2024, arXiv 2402.17762; "
+        "arXiv 2403.07134; Sun et al. 2024, arXiv 2402.17762; Li et al. 2023, arXiv 2212.08254; "
         "engine: nncf: Kozlov et al. 2020, arXiv 2002.08679; mixed: Hubara et al. 2020, arXiv 2006.10518"
     )
     needs_calibration: ClassVar[bool] = True
@@ -180,13 +180,15 @@ class Quantize(Pass):
     embedding_group_size: PositiveInt | None = Field(
         None, description="Columns of a table's row that share a scale. Default: the whole row."
     )
-    smooth: bool | Literal["balanced"] = Field(
+    smooth: bool | Literal["balanced", "repq"] = Field(
         True,
         description="Each input channel of a linear layer is multiplied by a factor of its own before it is rounded, and the "
         "weight divided by it (SmoothQuant, arXiv 2211.10438; the strength is searched for each tensor; balanced: each "
         "factor by descent on the expected noise, up to a second a layer more). Where the layer that makes the tensor can "
         "take the factors in, that is free; elsewhere it costs one multiplication a tensor, and is done where the output is "
-        "expected below smooth_below_db and 3 dB are gained. Only with static activations.",
+        "expected below smooth_below_db and 3 dB are gained. repq: every channel that leaves a norm has a scale and a zero point "
+        "of its own, which move into the norm and the layers after it (RepQ-ViT, arXiv 2212.08254; with activation_symmetric: "
+        "false); elsewhere it is as true. Only with static activations.",
     )
     alpha: float | None = Field(
         None,
@@ -271,6 +273,11 @@ class Quantize(Pass):
         """An option that would say nothing, and the way out."""
         if self.range == "hessian" and self.activations != "static":
             return "range: hessian searches the ranges of static activations\nUse activations: static, or leave it out."
+        if self.smooth == "repq" and (self.activation_symmetric or self.activations != "static"):
+            wrong = "smooth: repq gives channels zero points"
+            return f"{wrong}\nAdd activation_symmetric: false to static ones, or use another smooth."
+        if self.smooth == "repq" and self.range == "hessian":
+            return "range: hessian would search again what smooth: repq sets\nUse another range, or smooth: balanced."
         if "massive_activations" in self.chosen and self.activations != "static":
             return "massive_activations is about static activations\nUse activations: static, or leave it out."
         if self.range != "hessian" and (self.bridges == "joint" or self.activation_symmetric == "best"):

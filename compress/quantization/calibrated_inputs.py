@@ -24,6 +24,7 @@ from compress.quantization.float8 import is_float8, range_of, smooths
 from compress.quantization.folding import folds
 from compress.quantization.output_gradients import table_moment
 from compress.quantization.quantized_sites import Job, input_grid
+from compress.quantization.reparameterized_inputs import reparameterized
 from compress.tied import Ties
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ def smoothed_inputs(step: Quantize, model: nn.Module, context: Context, jobs: li
     groups: dict[str, list[Job]] = {}
     for path, seen in inputs.items():
         groups.setdefault(seen.leader or path, []).append(by_path[path])
+    if step.smooth == "repq":
+        inputs |= reparameterized(step, model, context, groups, inputs)
+        groups = {leader: group for leader, group in groups.items() if inputs[leader].moved is None}
     found = {}
     for number, (leader, group) in enumerate(groups.items()):
         context.progress(number, len(groups), f"factors for {leader}")

@@ -29,6 +29,9 @@ __all__ = ["Fold", "folds"]
 _SAME_DB = 110.0
 """Powers of two commute with rounding: a fold that holds changes no bit but where a kernel sums in another order."""
 
+_SHIFTED_DB = 70.0
+"""With shifts sums are rounded elsewhere."""
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -38,9 +41,10 @@ class Fold:
     consumers: tuple[str, ...]
     channels: int
 
-    def apply(self, model: nn.Module, factor: Tensor) -> None:
+    def apply(self, model: nn.Module, factor: Tensor, shift: Tensor | None = None) -> None:
         """Multiplies what the producer gives by the factor [C], and divides the consumers' columns by it.
 
+        With a ``shift`` [C], which is added after the factor, the biases take it up; all of them have one then.
         Parameters are replaced, not written to: a copy of the model that shares them keeps its own.
         """
         maker = model.get_submodule(self.producer)
@@ -48,13 +52,20 @@ class Fold:
             if getattr(maker, name, None) is not None:
                 _replace(maker, name, lambda old: _scaled_rows(old, factor, self.channels))
         for path in self.consumers:
-            _replace(model.get_submodule(path), "weight", lambda old: old / factor.to(old))
+            consumer = model.get_submodule(path)
+            _replace(consumer, "weight", lambda old: _divided(old, factor))
+            if shift is not None:
+                weight = consumer.get_parameter("weight").detach()
+                _add(consumer, -(weight.double() @ shift.to(weight.device, torch.float64)))
+        if shift is not None:
+            _add(maker, shift)
 
 
-def folds(model: nn.Module, context: Context, groups: Sequence[Sequence[Site]]) -> dict[str, Fold]:
+def folds(model: nn.Module, context: Context, groups: Sequence[Sequence[Site]], *, shifted: bool = False) -> dict[str, Fold]:
     """For the first site of each group of layers that read one tensor: where its factors can go, if anywhere.
 
-    Groups of linear layers only. Costs one row through the model for each place that is tried.
+    With ``shifted`` only into norms with a bias in front of layers with a bias, where a shift can go with them. Groups of linear
+    layers only. Costs one row through the model for each place that is tried.
     """
     first = next(iter(context.calibration()), None)
     if first is None:
@@ -66,11 +77,11 @@ def folds(model: nn.Module, context: Context, groups: Sequence[Sequence[Site]]) 
     for group in wanted:
         leader = group[0]
         width = leader.shape[1]
-        for producer in (makers.get(leader.path), *_values(context.anatomy, leader)):
-            if producer is None or not _suits(model, producer, width, group):
+        for producer in (makers.get(leader.path), *(() if shifted else _values(context.anatomy, leader))):
+            if producer is None or not _suits(model, producer, width, group, shifted):
                 continue
             fold = Fold(producer, tuple(site.path for site in group), width)
-            if _holds(model, context, row, fold):
+            if _holds(model, context, row, fold, shifted):
                 found[leader.path] = fold
                 break
     return found
@@ -116,32 +127,34 @@ def _values(anatomy: Anatomy, reader: Site) -> list[str]:
     return [site.path for site in inside if site.kind == "linear" and wanted & set(site.roles)]
 
 
-def _suits(model: nn.Module, producer: str, width: int, group: Sequence[Site]) -> bool:
+def _suits(model: nn.Module, producer: str, width: int, group: Sequence[Site], shifted: bool) -> bool:
     """Whether the producer has parameters of its own, with at least ``width`` outputs, and the readers have theirs."""
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    own = [model.get_submodule(producer)._parameters.get("weight")]
-    own += [model.get_submodule(site.path)._parameters.get("weight") for site in group]
+    modules = [model.get_submodule(path) for path in (producer, *(site.path for site in group))]
+    own = [module._parameters.get("weight") for module in modules]
+    own += [module._parameters.get("bias") for module in modules if shifted]
     if any(weight is None or not weight.is_floating_point() or holders[id(weight)] > 1 for weight in own):
         return False
     assert own[0] is not None
     return own[0].shape[0] >= width and not {producer} & {site.path for site in group}
 
 
-def _holds(model: nn.Module, context: Context, row: Batch, fold: Fold) -> bool:
-    """Whether the model's output stays when random powers of two are folded."""
+def _holds(model: nn.Module, context: Context, row: Batch, fold: Fold, shifted: bool) -> bool:
+    """Whether the model's output stays when random powers of two are folded, and random numbers of about 1 with them."""
     generator = torch.Generator().manual_seed(context.seed)
     weight = model.get_submodule(fold.producer).get_parameter("weight")
     factor = torch.randint(-4, 5, (fold.channels,), generator=generator).float().exp2().to(weight)
+    shift = torch.randn(fold.channels, generator=generator).to(weight) if shifted else None
     touched = [model.get_submodule(path) for path in (fold.producer, *fold.consumers)]
     kept = [dict(module._parameters) for module in touched]
     with evaluating(model):
         before = context.call(model, row).float()
     try:
-        fold.apply(model, factor)
+        fold.apply(model, factor, shift)
         with evaluating(model):
             after = context.call(model, row).float()
     except RuntimeError:  # shapes that do not meet: this is not the layer's producer
@@ -150,7 +163,7 @@ def _holds(model: nn.Module, context: Context, row: Batch, fold: Fold) -> bool:
         for module, parameters in zip(touched, kept, strict=True):
             for name, parameter in parameters.items():
                 module._parameters[name] = parameter
-    return not bool((after.isnan() | before.isnan()).any()) and _db(before, after) >= _SAME_DB
+    return not bool((after.isnan() | before.isnan()).any()) and _db(before, after) >= (_SHIFTED_DB if shifted else _SAME_DB)
 
 
 def _db(before: Tensor, after: Tensor) -> float:
@@ -160,6 +173,15 @@ def _db(before: Tensor, after: Tensor) -> float:
 def _replace(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
     old = module.get_parameter(name)
     setattr(module, name, nn.Parameter(change(old.detach()), requires_grad=old.requires_grad))
+
+
+def _add(module: nn.Module, shift: Tensor) -> None:
+    _replace(module, "bias", lambda old: (old.double() + shift.to(old.device, torch.float64)).to(old))
+
+
+def _divided(old: Tensor, factor: Tensor) -> Tensor:
+    wide = torch.promote_types(old.dtype, factor.dtype)
+    return (old.to(wide) / factor.to(old.device, wide)).to(old.dtype)
 
 
 def _scaled_rows(old: Tensor, factor: Tensor, channels: int) -> Tensor:

@@ -168,8 +168,7 @@ def _look(tensor: _Tensor, x: Tensor, seen: Seen | None, batch: Batch) -> None:
     """Takes in one call: entries of the tensor as the float model has it, ranges as its readers round it."""
     ids = batch.get("input_ids")
     x, counts = _rows(x, batch.get("attention_mask"))
-    smoothed = None if seen is None else seen.smoothed
-    hidden = x if smoothed is None or seen is None or seen.folded is None else x / smoothed.factor.to(x)
+    hidden = x if seen is None else seen.before_folding(x)
     entries = massive(hidden, counts)
     tensor.entries.add(hidden, entries, counts, ids if ids is not None and ids.shape == x.shape[:2] else None)
     ordinary = ~entries.any(-1) if counts is None else ~entries.any(-1) & counts.to(entries.device)
@@ -227,7 +226,7 @@ def _ways(step: Quantize, model: nn.Module, group: list[Job], inputs: Mapping[st
     paths = [job.site.path for job in group]
     seen = inputs[paths[0]]
     grid = input_grid(step)
-    if seen.smoothed is None:
+    if seen.smoothed is None and seen.moved is None:
         kept = tensor.ranged.range(grid)
     else:
         kept = float(tensor.channels.low.min()), float(tensor.channels.high.max())
@@ -240,7 +239,13 @@ def _ways(step: Quantize, model: nn.Module, group: list[Job], inputs: Mapping[st
         weight = torch.cat([weight_of(model.get_submodule(job.site.path), job.site.kind) for job in group])
         low, high, loud = (one.to(weight.device) for one in (tensor.given.low, tensor.given.high, tensor.ordinary.mean_square))
         smoothed = smoothing(weight, low, high, loud, group[0].grid, grid)
-        changes: dict[str, Any] = {"channels": tensor.given, "smoothed": smoothed, "folded": None, "searched": None}
+        changes: dict[str, Any] = {
+            "channels": tensor.given,
+            "smoothed": smoothed,
+            "folded": None,
+            "moved": None,
+            "searched": None,
+        }
         if smoothed.gain_db > 0:
             ways.append(
                 _Way("everything, with factors", group, {path: replace(one, **changes) for path, one in given.items()}, True)

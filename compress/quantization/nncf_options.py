@@ -36,8 +36,8 @@ def nncf_refusal(step: Quantize) -> str | None:
         return f"weights: NNCF has no weights of {told}\nUse 8 or 4, or engine: own."
     if step.activations == "dynamic":
         return "activations: NNCF has no dynamic activations\nUse static or none, or engine: own."
-    if step.smooth == "balanced":
-        return "smooth: NNCF has no balanced factors\nUse true, with alpha if need be, or engine: own."
+    if isinstance(step.smooth, str):
+        return f"smooth: NNCF has no {step.smooth} factors\nUse true, with alpha if need be, or engine: own."
     if step.rounding != "nearest":
         return "rounding: NNCF has no GPTQ for torch models\nUse nearest, or engine: own."
     chosen = "range" in step.model_fields_set and len(step.model_fields_set) < len(fields)  # not all written out again

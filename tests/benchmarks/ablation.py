@@ -2,8 +2,8 @@
 
     python tests/benchmarks/ablation.py [sst2 | cifar10] [--bits 8 | 4] [--rows N] [--only WORD ...] [--out FILE]
 
-Needs ``../shared``. Each variant is written as an ONNX file and run on the evaluation rows (``--rows``: the first N); accuracy,
-agreement and SQNR are against the float torch model, and beside them stands what the file differs from the compressed torch model
+Needs ``../shared``. Each variant is written as an ONNX file and run on the evaluation rows (``--rows``: N, evenly spread);
+accuracy, agreement and SQNR are against the float torch model, and beside them stands what the file differs from the compressed torch model
 by. Quality only: nothing is timed but the pass itself, in seconds of CPU.
 """
 
@@ -84,11 +84,13 @@ class Bench:
         self.source = load_model(self.recipe.model.source, base=self.recipe.base)
         self.data = load_data(self.recipe, self.source, evaluation=True)
         assert self.data.evaluation is not None
-        self.batches = list(self.data.evaluation.batches(16))[: None if rows is None else -(-rows // 16)]
-        count = sum(len(next(iter(batch.values()))) for batch in self.batches)
+        batches = list(self.data.evaluation.batches(16))
+        wanted = len(batches) if rows is None else min(-(-rows // 16), len(batches))
+        chosen = [number * len(batches) // wanted for number in range(wanted)]
+        self.batches = [batches[number] for number in chosen]
         labels = self.data.evaluation.labels
         assert labels is not None
-        self.labels = labels[:count]
+        self.labels = torch.cat([labels[16 * number : 16 * number + 16] for number in chosen])
         self.wanted = self.outputs(self.source.model)
 
     def outputs(self, model: nn.Module) -> Tensor:

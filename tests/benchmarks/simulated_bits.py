@@ -1,12 +1,12 @@
-"""Weights and activations of 6 bits, which no runtime has: a simulation in torch. No file is written, none could be.
+"""Weights and activations of 6 or 4 bits, which no runtime has: a simulation in torch. No file is written, none could be.
 
-    python tests/benchmarks/simulated_bits.py [cifar10 | sst2 | hybrid] [--bits 6 8] [--rows N] [--only WORD ...] [--out FILE]
+    python tests/benchmarks/simulated_bits.py [cifar10 | sst2 | hybrid] [--bits 4 6 8] [--rows N] [--only WORD ...] [--out FILE]
 
 Needs ``../shared``, and ``hybrid`` the model that ``cifar10_hybrid.py`` makes: BatchNorm is folded, and its convolutions are
-rounded too, but the first. Codes of 6 bits lie in -32 to 31, one scale for each output channel of a weight and each activation;
-all projections inside the blocks are rounded, embeddings, head and the products of attention are not. Calibration rows are those
-of the benchmark's INT8 recipe; the recipe language knows no 6 bits. Accuracy, the points of it that are lost with their paired 95 %
-interval, agreement and SQNR on the evaluation rows.
+rounded too, but the first. Codes of 6 bits lie in -32 to 31, of 4 in -8 to 7, one scale for each output channel of a weight and
+each activation; all projections inside the blocks are rounded, embeddings, head and the products of attention are not.
+Calibration rows are those of the benchmark's INT8 recipe; the recipe language knows neither. Accuracy, the points of it that are
+lost with their paired 95 % interval, agreement and SQNR on the evaluation rows.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gradients": {"range": "hessian", "bias_correction": False, "smooth": False},
     "gradients, biases": {"range": "hessian", "smooth": False},
     "factors, biases": {**SMOOTH, "range": "mse"},
+    "factors of SmoothQuant, biases": {**SMOOTH, "smooth": True, "range": "mse"},
+    "channels (RepQ), biases": {**SMOOTH, "smooth": "repq", "range": "mse"},
+    "channels (RepQ), biases, GPTQ": {**SMOOTH, **GPTQ, "smooth": "repq", "range": "mse"},
     "factors, gradients, biases": {**SMOOTH, "range": "hessian"},
     "factors, biases, GPTQ": {**SMOOTH, **GPTQ, "range": "mse"},
     "factors, gradients, biases, GPTQ": {**SMOOTH, **GPTQ, "range": "hessian"},
@@ -88,7 +91,7 @@ def judged(bench: Bench, model: nn.Module) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("cifar10", "sst2", "hybrid"), nargs="?", default="cifar10")
-    parser.add_argument("--bits", type=int, nargs="*", choices=(6, 8), default=[6])
+    parser.add_argument("--bits", type=int, nargs="*", choices=(4, 6, 8), default=[6])
     parser.add_argument("--rows", type=int)
     parser.add_argument("--only", nargs="*", default=[], help="variants with these names")
     parser.add_argument("--out", type=Path)

@@ -53,6 +53,7 @@ SLOW = {
     "accuracy-driven", "int4-text-encoder", "ranges-by-gradients", "drop-attention", "sentence-embeddings", "linear-attention",
     "float16", "mixed-bits", "fused-hybrid", "language-model-int8",
     "mobile-hybrid",
+    "image-classifier-channels",
 }  # fmt: skip
 """Recipes whose passes and files other recipes, or tests of their own, have too."""
 
@@ -138,11 +139,12 @@ CASES = [
     ),
     Case("int4-text-encoder", "bert of 64 columns", (("rows: 400", "rows: 64"),), least_db=8),
     Case("ranges-by-gradients", "vit", (("rows: 1000", "rows: all"),)),
+    Case("image-classifier-channels", "vit", (("rows: 1000", "rows: all"),)),
     Case("max-drop", "bert", (("rows: 256", "rows: 64"), ("rows: 512", "rows: 64"))),
     Case("int4-weights", "llama", (("rows: 256", "rows: 32"),), least_db=9),
     Case("gpt2-int8", "gpt2", least_db=30),
     # Of random gated layers eight bits leave less than of trained ones, and there are no massive activations.
-    Case("language-model-int8", "llama", (("rows: 64", "rows: 16"),), least_db=9),
+    Case("language-model-int8", "image-classifier-channels", "llama", (("rows: 64", "rows: 16"),), least_db=9),
     # One of two random layers out.
     Case("fuse-language-model", "llama", (("rows: 256", "rows: 32"),), least_db=-10),
     Case(
