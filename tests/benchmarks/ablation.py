@@ -3,8 +3,8 @@
     python tests/benchmarks/ablation.py [sst2 | cifar10] [--bits 8 | 4] [--rows N] [--only WORD ...] [--out FILE]
 
 Needs ``../shared``. Each variant is written as an ONNX file and run on the evaluation rows (``--rows``: N, evenly spread);
-accuracy, agreement and SQNR are against the float torch model, and beside them stands what the file differs from the compressed torch model
-by. Quality only: nothing is timed but the pass itself, in seconds of CPU.
+accuracy, agreement and SQNR are against the float torch model, and beside them stands what the file differs from the compressed
+torch model by. Quality only: nothing is timed but the pass itself, in seconds of CPU.
 """
 
 from __future__ import annotations

@@ -6,7 +6,12 @@ Needs ``../shared``, and ``hybrid`` the model that ``cifar10_hybrid.py`` makes: 
 rounded too, but the first. Codes of 6 bits lie in -32 to 31, of 4 in -8 to 7, one scale for each output channel of a weight and
 each activation; all projections inside the blocks are rounded, embeddings, head and the products of attention are not.
 Calibration rows are those of the benchmark's INT8 recipe; the recipe language knows neither. Accuracy, the points of it that are
-lost with their paired 95 % interval, agreement and SQNR on the evaluation rows.
+lost with their paired 95 % interval, agreement and SQNR on the evaluation rows (``--rows``: N, evenly spread).
+
+``--twin`` puts twin ranges on what leaves GELU or SiLU (PTQ4ViT, arXiv 2111.12293, sec. 3.1), one for negative and one
+for positive values: ``one code``, as in the paper, gives each half of the codes; ``two products`` gives each all of them,
+which a file can say with two pairs of QuantizeLinear and DequantizeLinear and two products with one weight. The toolkit has
+neither.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from ablation import SHARED, SOURCES, Bench
-from torch import nn
+from torch import Tensor, nn
 
 SMOOTH = {"smooth": "balanced", "smooth_below_db": 60}
 GPTQ = {"rounding": "gptq", "damping": 0.05}
@@ -53,9 +58,45 @@ HYBRID: dict[str, dict[str, Any]] = {
     "gradients, bridges, best scheme": {**ALONE, "range": "hessian", "bridges": "joint", "activation_symmetric": "best"},
     "the same, factors, biases": {"range": "hessian", "bridges": "joint", "activation_symmetric": "best"},
 }
+TWINS = ("one code", "two products")
+_SMALLEST = -0.2785
+"""What SiLU gives at least; GELU gives more."""
 
 
-def simulated(bench: Bench, options: dict[str, Any], bits: int) -> nn.Module:
+class TwinGrid(nn.Module):
+    """Rounds negative values with one scale and positive ones with another, and adds the two, of which one is zero.
+
+    Each part is an ordinary quantization whose zero point lies at the end of the codes, so that the other sign is clipped to
+    zero: nothing is counted twice, as it is in the paper's code.
+    """
+
+    def __init__(self, own: nn.Module, low: float, high: float, bits: int) -> None:
+        super().__init__()
+        self.factor, self.bits = own.factor, bits
+        levels, self.first, self.last = 2**bits - 1, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.negative, self.positive = (torch.tensor(max(end, 1e-8) / levels) for end in (-low, high))
+
+    def forward(self, x: Tensor) -> Tensor:
+        from calibrate.ops import quantize_dequantize
+
+        x = x if self.factor is None else x * self.factor
+        ends = (self.negative, self.last), (self.positive, self.first)
+        return sum(quantize_dequantize(x, scale, torch.tensor(end, dtype=torch.int8), self.bits) for scale, end in ends)
+
+
+def twinned(model: nn.Module, report: dict[str, Any], bits: int, how: str) -> int:
+    """Puts twin grids in front of the layers whose inputs come from GELU or SiLU; how many there are."""
+    count = 0
+    for path, says in report["sites"].items():
+        seen, own = says["activation"]["seen"], model.get_submodule(path).activation
+        if _SMALLEST <= seen[0] < -0.05 and seen[1] > 4 * -seen[0]:
+            low, high = says["activation"]["range"]
+            model.get_submodule(path).activation = TwinGrid(own, low, high, bits - (how == "one code"))
+            count += 1
+    return count
+
+
+def simulated(bench: Bench, options: dict[str, Any], bits: int, twin: str | None = None) -> nn.Module:
     """The float model with weights and inputs on grids of so many bits; it is never exported."""
     from compress.anatomy import find
     from compress.passes.contract import Context
@@ -70,6 +111,8 @@ def simulated(bench: Bench, options: dict[str, Any], bits: int) -> nn.Module:
         anatomy = find(model, bench.source.signature, bench.data.example)
         context = Context(bench.source.signature, anatomy, bench.data.calibration_batches, Surgery(), seed=bench.recipe.seed)
         model = one.run(model, context)
+    if twin is not None and not twinned(model, context.report, bits, twin):
+        sys.exit("no layer reads what leaves GELU or SiLU")
     return model
 
 
@@ -94,6 +137,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="*", choices=(4, 6, 8), default=[6])
     parser.add_argument("--rows", type=int)
     parser.add_argument("--only", nargs="*", default=[], help="variants with these names")
+    parser.add_argument("--twin", choices=TWINS, help="with twin ranges after GELU and SiLU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not SHARED.is_dir():
@@ -109,7 +153,7 @@ def main() -> None:
             if options.only and name not in options.only:
                 continue
             started = time.process_time()
-            model = simulated(bench, changes, bits)
+            model = simulated(bench, changes, bits, options.twin)
             seconds = time.process_time() - started
             one = found[f"{name}, {bits} bits"] = judged(bench, model) | {"seconds": seconds}
             print(
