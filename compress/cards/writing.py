@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,9 @@ def _image(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@cache
 def _environment() -> Environment:
+    """Kept, with the templates that it has compiled."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(

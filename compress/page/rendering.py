@@ -8,7 +8,7 @@ import os
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibrate.errors import UserError
 from compress.page import block_plot, outcome, sizes, story, trade_off, wording
@@ -16,7 +16,10 @@ from compress.page.folder import Found, read
 from compress.page.judged import judged
 from compress.page.steps import steps
 
-__all__ = ["TEMPLATES", "plotly_program", "policy", "render", "write"]
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+__all__ = ["TEMPLATES", "environment", "plotly_program", "policy", "render", "write"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -45,16 +48,12 @@ def render(found: Found) -> str:
     Everything that comes from a recipe is text: jinja2 escapes it, and a content security policy allows no script but the
     two of the page (by their hashes) and no request at all.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    loader = FileSystemLoader(TEMPLATES)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": wording.size, "memory": wording.memory, "seconds": wording.seconds}
-    environment.filters |= {"plain": wording.plain, "link": story.link, "pairs": wording.pairs}
     figures = _figures(found)
     scripts = [plotly_program(), (TEMPLATES / "page.js").read_text("utf-8")] if figures["drawn"] else []
-    return environment.get_template("page.html").render(
+    template = environment().get_template("page.html")
+    return template.render(
         report=found.report,
         manifest=found.manifest,
         validation=_validation(found),
@@ -79,6 +78,18 @@ def render(found: Found) -> str:
         policy=policy(scripts),
         **figures,
     )
+
+
+@cache
+def environment() -> Environment:
+    """jinja2 over the templates of the pages; kept, with those that it has compiled."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(TEMPLATES)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {"size": wording.size, "memory": wording.memory, "seconds": wording.seconds}
+    made.filters |= {"plain": wording.plain, "link": story.link, "pairs": wording.pairs}
+    return made
 
 
 def _figures(found: Found) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from calibrate.errors import UserError
 from compress.page.drawing import Plot, layout, marker
-from compress.page.rendering import TEMPLATES, plotly_program, policy
+from compress.page.rendering import TEMPLATES, environment, plotly_program, policy
 from compress.sensitivity_view import Row, View, loss
 
 __all__ = ["plot", "render_sensitivity", "write_sensitivity"]
@@ -35,14 +35,12 @@ def write_sensitivity(found: View, by: str, path: Path) -> Path:
 
 def render_sensitivity(found: View, by: str) -> str:
     """The page as text: one file that asks for nothing from elsewhere."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    loader = FileSystemLoader(TEMPLATES)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     drawn = plot(found)
     scripts = [plotly_program(), (TEMPLATES / "page.js").read_text("utf-8")]
-    return environment.get_template("sensitivity.html").render(
+    template = environment().get_template("sensitivity.html")
+    return template.render(
         found=found,
         by=by,
         rows=found.worst_first(by),
