@@ -45,7 +45,7 @@ def _remember() -> None:
 
     import compress.anatomy
 
-    compress.anatomy.find = compress.anatomy.finding.find = remembered(compress.anatomy.find)
+    vars(compress.anatomy)["find"] = vars(compress.anatomy.finding)["find"] = remembered(compress.anatomy.find)
 
 
 _torchvision = _declare_torchvision()
@@ -59,3 +59,10 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_lives_for_ever() -> None:
+    """Libraries and all that earlier files left are not looked at again by each collection of garbage."""
+    gc.collect()
+    gc.freeze()

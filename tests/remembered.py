@@ -2,7 +2,8 @@
 
 What it found is remembered by the content of everything that it is given: each attribute of each module, each tensor with its
 values and strides, what is shared with what, the signature, the shapes of the example and the roles. A model that differs in
-anything is traced anew; so is one that cannot be written down (of a class made inside a function).
+anything is traced anew; so is one that cannot be written down (of a class made inside a function), or that has a class from a
+file which a test wrote: the next test may write another under the same name.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import functools
 import hashlib
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from compress.anatomy import Anatomy
 
 __all__ = ["content", "remembered"]
 
+_REPOSITORY = Path(__file__).resolve().parents[1]
 _LIMIT = 20_000_000
 """Numbers in a model beyond which writing it down is no cheaper than tracing it."""
 
@@ -59,15 +63,26 @@ def content(*objects: Any) -> bytes | None:
     return hashlib.sha256(written.getbuffer()).digest()
 
 
+def _lasts(model: nn.Module) -> bool:
+    small = sum(parameter.numel() for parameter in model.parameters()) <= _LIMIT
+    return small and all(_lasting(type(module)) for module in model.modules())
+
+
+@functools.cache
+def _lasting(kind: type) -> bool:
+    """Whether a class comes from this repository or from an installed package."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return file is not None and ("site-packages" in file or Path(file).resolve().is_relative_to(_REPOSITORY))
+
+
 def remembered(find: Callable[..., Anatomy]) -> Callable[..., Anatomy]:
     """The same function, which does not trace again what it has traced."""
     known: dict[bytes, Anatomy] = {}
 
     @functools.wraps(find)
     def found(model: nn.Module, signature: Signature, example: Batch, roles: Any = None) -> Anatomy:
-        large = sum(parameter.numel() for parameter in model.parameters()) > _LIMIT
         shapes = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in example.items()}  # a trace sees no values
-        key = None if large else content(model, signature, shapes, roles)
+        key = content(model, signature, shapes, roles) if _lasts(model) else None
         if key is None or key not in known:
             anatomy = find(model, signature, example, roles)
             if key is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,21 +28,38 @@ def digits() -> nn.Module:
     return digits_model().eval()
 
 
-def test_an_equal_model_is_traced_once_and_has_the_same_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = finding.find.__wrapped__  # type: ignore[attr-defined]
+def counted() -> tuple[Callable[..., Anatomy], list[nn.Module]]:
+    """``find`` without a memory, and the models that it is asked for."""
     asked: list[nn.Module] = []
 
-    def counted(model: nn.Module, *rest: Any) -> Anatomy:
+    def find(model: nn.Module, *rest: Any) -> Anatomy:
         asked.append(model)
-        made: Anatomy = real(model, *rest)
+        made: Anatomy = finding.find.__wrapped__(model, *rest)  # type: ignore[attr-defined]
         return made
 
-    found, model = remembered(counted), digits()
+    return find, asked
+
+
+def test_an_equal_model_is_traced_once_and_has_the_same_parts() -> None:
+    real, asked = counted()
+    found, model = remembered(real), digits()
     first = found(model, DIGITS, batch())
     again = found(copy.deepcopy(model), DIGITS, batch())
     assert (len(asked), first) == (1, again)
     assert again == real(digits(), DIGITS, batch())
     assert again.example is not first.example
+    assert len(asked) == 2
+
+
+def test_a_class_from_a_file_that_a_test_wrote_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "written_here.py").write_text("from torch import nn\n\nclass Norm(nn.LayerNorm):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = digits()
+    model.norm = importlib.import_module("written_here").Norm(64)
+    real, asked = counted()
+    found = remembered(real)
+    assert found(model, DIGITS, batch()) == found(copy.deepcopy(model), DIGITS, batch())
+    assert len(asked) == 2
 
 
 def another_weight(model: nn.Module) -> None:
@@ -49,17 +68,16 @@ def another_weight(model: nn.Module) -> None:
 
 
 def other_heads(model: nn.Module) -> None:
-    model.get_submodule("blocks.1.attn").heads = 8
+    model.get_submodule("blocks.1.attn").heads = 8  # type: ignore[assignment]
 
 
-def tied(model: nn.Module) -> None:
-    first, second = (model.get_submodule(f"blocks.{number}.norm1") for number in (0, 1))
-    second.weight = nn.Parameter(first.weight.detach().clone())
+def equal(model: nn.Module) -> None:
+    first = model.get_parameter("blocks.0.norm1.weight")
+    model.get_submodule("blocks.1.norm1").weight = nn.Parameter(first.detach().clone())
 
 
 def shared(model: nn.Module) -> None:
-    tied(model)
-    model.get_submodule("blocks.1.norm1").weight = model.get_submodule("blocks.0.norm1").weight
+    model.get_submodule("blocks.1.norm1").weight = model.get_parameter("blocks.0.norm1.weight")
 
 
 def training(model: nn.Module) -> None:
@@ -67,14 +85,14 @@ def training(model: nn.Module) -> None:
 
 
 def another_class(model: nn.Module) -> None:
-    model.get_submodule("blocks")[1].mlp.act = nn.ReLU()
+    model.get_submodule("blocks.1.mlp").act = nn.ReLU()
 
 
 def as_is(model: nn.Module) -> None:
     pass
 
 
-CHANGES: list[Callable[[nn.Module], None]] = [as_is, another_weight, other_heads, tied, shared, training, another_class]
+CHANGES: list[Callable[[nn.Module], None]] = [as_is, another_weight, other_heads, equal, shared, training, another_class]
 
 
 def test_models_that_differ_in_anything_have_another_content() -> None:
