@@ -527,6 +527,40 @@ def anatomy_of(name: str) -> tuple[Anatomy, object]:
     return find(model, signature, example), model
 
 
+_MOBILEVIT2 = "mobilevitv2.encoder.layer"
+BRIDGES: dict[str, list[str]] = {
+    **{name: [] for name in ("bert", "squeezebert", "gpt2", "vit", "swin", "convnextv2", "timm_vit", "timm_deit_distilled")},
+    # The layers that Q-HyViT lists by their numbers: conv_1x1 and the first qkv of each MobileViT block; and the ways back.
+    "timm_mobilevit": [
+        pair
+        for stage, last in ((2, 1), (3, 3), (4, 2))
+        for pair in (
+            f"into tokens: stages.{stage}.1.conv_1x1 > stages.{stage}.1.transformer.0.attn.qkv",
+            f"into features: stages.{stage}.1.transformer.{last}.mlp.fc2 > stages.{stage}.1.conv_proj.conv",
+        )
+    ],
+    # Here tokens are [batch, channels, pixels of a patch, patches], and all layers are convolutions.
+    "mobilevitv2": [
+        pair
+        for layer, last in ((f"{_MOBILEVIT2}.2", 0), (f"{_MOBILEVIT2}.3", 1), (f"{_MOBILEVIT2}.4", 0))
+        for pair in (
+            f"into tokens: {layer}.conv_1x1.convolution > {layer}.transformer.layer.0.attention.qkv_proj.convolution",
+            f"into features: {layer}.transformer.layer.{last}.ffn.conv2.convolution > {layer}.conv_projection.convolution",
+        )
+    ],
+    "timm_efficientformer": ["into tokens: stages.3.blocks.2.mlp.fc2 > stages.3.blocks.4.token_mixer.qkv"],
+    "timm_efficientformerv2": [
+        "through attention: " + " ".join(f"{mixer}.{name}.conv" for name in "qkv") + f" > {mixer}.proj.conv"
+        for mixer in (f"stages.{stage}.blocks.{block}.token_mixer" for stage, block in ((2, 4), (2, 5), (3, 2), (3, 3)))
+    ],
+    "levit": [
+        "into tokens: levit.patch_embeddings.embedding_layer_4.convolution > "
+        "levit.encoder.stages.0.layers.0.module.queries_keys_values.linear"
+    ],
+}
+"""Where features of convolutions become tokens of an attention, and back, written down from the sources."""
+
+
 def relative(block: Block, roles: tuple[str, ...]) -> str:
     cut = len(block.path) + 1
     return " ".join("+".join(path[cut:] for path in block.roles.get(role, [])) or "-" for role in roles)
@@ -554,6 +588,8 @@ def test_facts(name: str) -> None:
         assert relative(block, MLP) == expected.mlp, block.path
     assert anatomy.joins == facts.joins
     assert anatomy.roles.get("head", []) == facts.head.split()
+    bridges = [f"{one.crossing}: {' '.join(one.before)} > {' '.join(one.after)}" for one in anatomy.bridges]
+    assert bridges == BRIDGES.get(name, bridges)
     unplaced = set(anatomy.unplaced)
     for pattern in facts.unplaced.split():
         matched = set(fnmatch.filter(anatomy.unplaced, pattern))
