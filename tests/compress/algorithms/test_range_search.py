@@ -100,6 +100,21 @@ def test_a_convolution_is_a_linear_layer_of_its_windows() -> None:
     assert found.after == pytest.approx(same.after, rel=1e-4)
 
 
+@each
+def test_a_search_that_begins_with_found_ranges_is_never_worse_than_they_are(inputs: Grid) -> None:
+    x, weight, slopes = problem(5)
+    low, high = float(x.min()), float(x.max())
+    wanted = x @ weight.t()
+    alone = search_ranges(x, [Reader(weight, Grid(8), "minmax", slopes, F.linear)], inputs, low, high)
+    given = x + 0.1 * x.square()  # as rounding before it would change it
+    reader = Reader(weight, Grid(8), "minmax", slopes, F.linear, wanted)
+    joint = search_ranges(given, [reader], inputs, low, high, begun=alone)
+    assert joint.after <= joint.before
+    again = search_ranges(given, [reader], inputs, low, high, begun=joint)
+    assert again.before == pytest.approx(joint.after, rel=1e-6)
+    assert joint.before > 2 * alone.after  # the error of what came before is in it
+
+
 def test_without_gradients_nothing_moves() -> None:
     x, weight, slopes = problem(4)
     found = search_ranges(x, [Reader(weight, Grid(8), "minmax", slopes * 0, F.linear)], Grid(8, True, "tensor"), -9.0, 9.0)

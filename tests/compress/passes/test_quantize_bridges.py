@@ -24,6 +24,7 @@ from compress.passes.fuse import Fuse
 from compress.passes.quantize import Quantize
 from compress.quantization.hessian_ranges import best_of
 from compress.quantization.output_gradients import Felt, felt, felt_again
+from export.to_tensorrt import TensorRTExporter
 
 PIXELS = Signature((TensorSpec("pixels", torch.float32, ("batch", 3, 8, 8)),))
 SITES = ["attention.*", "mlp.*", "conv"]
@@ -233,6 +234,15 @@ def test_layers_with_batch_norm_folded_in_are_calibrated_with_it() -> None:
 
 def anatomy_of(model: nn.Module, signature: Signature, rows: list[Batch]) -> Anatomy:
     return find(model, signature, {name: tensor[:2] for name, tensor in rows[0].items()})
+
+
+def test_tensorrt_refuses_what_may_get_zero_points_before_anything_runs() -> None:
+    model = Hybrid().eval()
+    anatomy = anatomy_of(model, PIXELS, pixels())
+    for scheme, refused in (("best", True), (True, False)):
+        layers = Quantize.model_validate(PLAIN | {"activation_symmetric": scheme}).preview(model, anatomy)
+        reasons = TensorRTExporter().refuses(nn.Sequential(*layers.values()))
+        assert any("activation codes are asymmetric" in reason for _, reason in reasons) == refused
 
 
 def test_models_without_bridges_and_bridges_with_one_side_are_refused() -> None:

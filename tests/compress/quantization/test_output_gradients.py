@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from calibrate.errors import UserError
 from calibrate.signature import Batch
-from compress.quantization.output_gradients import felt, table_moment
+from compress.quantization.output_gradients import felt, felt_again, table_moment
 
 
 class Reads(nn.Module):
@@ -75,6 +75,19 @@ def test_what_is_felt_is_what_runs_and_padding_is_left_out(path: str) -> None:
     assert torch.equal(few.inputs, felt(model, call, [batch], [path], positions=30)[path].inputs)
 
 
+@pytest.mark.parametrize("positions", [30, 10_000])
+def test_what_is_received_again_is_at_the_very_positions(positions: int) -> None:
+    model = Reads(1)
+    before = felt(model, call, rows(), ["layer", "head"], positions=positions)
+    again = felt_again(model, call, rows(), before)
+    assert all(torch.equal(again[path], one.inputs) for path, one in before.items())
+    with torch.no_grad():
+        model.table.weight *= 2
+    again = felt_again(model, call, rows(), before)
+    assert torch.equal(again["layer"], 2 * before["layer"].inputs)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 class Chooses(Reads):
     """Gives the place of its largest number, which has no gradient."""
 
@@ -126,3 +139,5 @@ def test_every_call_of_a_layer_is_felt(calls: int) -> None:
     assert bool((found.slopes.sum(1) > 0).all())
     few = felt(model, lambda model, batch: model(batch["x"]), [{"x": x}], ["layer"], positions=8)["layer"]
     assert len(few.inputs) == 8
+    again = felt_again(model, lambda model, batch: model(batch["x"]), [{"x": x}], {"layer": few})["layer"]
+    assert torch.equal(again, few.inputs)
