@@ -15,7 +15,6 @@ _UNUSED = {
     "rounding": ("nearest", "its steps differ from number to number, and what chooses between codes knows even steps only"),
     "weight_range": ("minmax", "its scales come from the largest weight"),
     "range": ("minmax", "its scales come from the largest value"),
-    "massive_activations": ("ignore", "a massive value takes nothing from the others"),
     "group_scales": ("free", "it has no groups"),
     "reduce_range": (False, "it is for integer kernels of x86 processors"),
 }

@@ -61,7 +61,6 @@ def test_channels_of_very_different_sizes_need_no_factors() -> None:
         ({"range": "percentile"}, "range: percentile has no meaning"),
         ({"weight_range": "mse"}, "weight_range: mse has no meaning"),
         ({"reduce_range": True}, "x86"),
-        ({"massive_activations": "protect"}, "takes nothing from the others"),
         ({"mixed": {"candidates": [8, 4], "size_ratio": 0.3}}, "stands alone"),
         ({"overrides": {"mlp.down": 8}}, "fp8 or float"),
         ({"engine": "nncf"}, "NNCF has no weights of fp8"),
