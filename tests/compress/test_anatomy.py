@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Mapping
 
@@ -130,7 +131,7 @@ def test_plain_roles() -> None:
     assert not anatomy.unplaced
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "swin", "mobilevitv2"])
+@pytest.mark.parametrize("name", swept(["bert", "llama", "swin", "mobilevitv2"], ["bert", "llama"]))
 def test_class_names_do_not_matter(name: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     model, signature, example = build(name)
@@ -158,8 +159,13 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("name", "gated"),
+    swept(
+        itertools.product(ACTIVATIONS, [False, True]),
+        [*((name, False) for name in ACTIVATIONS), ("silu", True), ("gelu_written_out", True), ("relu_squared", True)],
+    ),
+)
 def test_every_spelling_of_an_activation(name: str, gated: bool) -> None:
     roles = anatomy_of(Plain(PLAIN, activation=ACTIVATIONS[name], gated=gated)).roles
     assert roles["mlp.up"] == ["blocks.0.up", "blocks.1.up"]
@@ -268,7 +274,7 @@ def test_flops_and_bytes_of_a_linear_layer() -> None:
     "name",
     swept(
         ["bert_eager", "gpt2_eager", "albert", "vit_eager", "convnextv2", "mobilevit", "segformer"],
-        ["gpt2_eager", "albert", "mobilevit"],
+        ["gpt2_eager", "albert"],
     ),
 )
 def test_flops_are_those_that_pytorch_counts(name: str) -> None:

@@ -572,8 +572,8 @@ def relative(block: Block, roles: tuple[str, ...]) -> str:
         FACTS,
         {
             "bert", "albert", "deberta_v2", "modernbert", "squeezebert", "t5_encoder", "torch_encoder", "gpt2", "llama", "gemma2",
-            "mixtral", "bart", "gpt_neox", "vit", "dinov2_swiglu", "swin", "segformer", "levit", "mobilevitv2", "convnextv2",
-            "timm_vit", "timm_deit_distilled", "timm_efficientformer", "timm_mobilevit",
+            "mixtral", "bart", "gpt_neox", "vit", "dinov2_swiglu", "swin", "segformer", "convnextv2",
+            "timm_vit", "timm_deit_distilled", "timm_mobilevit",
         },
     ),
 )  # fmt: skip

@@ -428,6 +428,7 @@ def judged(data: Data, found: Source, labels: Callable[[Tensor], Tensor] = lambd
 
 
 @needs_shared
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "data", "accuracy"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build
+from sweeps import swept
 from torch import nn
 
 from calibrate.fidelity import sqnr_db
@@ -38,7 +40,7 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", swept(NORMS, ["bert", "llama", "qwen3", "gemma2", "timm_vit"]))
 def test_the_norms_that_only_a_sublayer_reads_go_with_it_and_it_adds_zero(name: str) -> None:
     model, signature, example = build(name)
     trial = tried(DropLayers(attention=[0], mlp=[1]), model, signature, [example])
@@ -100,17 +102,16 @@ def generated(model: nn.Module, ids: torch.Tensor, cached: bool) -> tuple[torch.
     return found.sequences, torch.stack(found.logits)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"blocks": [0, 2]},
-        {"attention": [0, 3]},
-        {"sublayers": "block", "count": 2, "method": "iterative"},
-        {"sublayers": "both", "count": 4},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", DECODERS)
+OPTIONS: list[dict[str, Any]] = [
+    {"blocks": [0, 2]},
+    {"attention": [0, 3]},
+    {"sublayers": "block", "count": 2, "method": "iterative"},
+    {"sublayers": "both", "count": 4},
+]
+OFTEN = [*(("llama", options) for options in OPTIONS), ("gpt2", OPTIONS[0]), ("gemma2", OPTIONS[1])]
+
+
+@pytest.mark.parametrize(("name", "options"), swept(itertools.product(DECODERS, OPTIONS), OFTEN), ids=str)
 def test_cached_generation_equals_uncached(name: str, options: dict[str, Any]) -> None:
     model, signature, example = deeper(name)
     trial = tried(DropLayers(**options), model, signature, [example])

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from families import build
+from sweeps import swept
 from torch import Tensor, nn
 
 from calibrate.errors import UserError
@@ -31,7 +32,7 @@ def run(model: nn.Module, signature: Signature, batch: Batch) -> Tensor:
         return signature.call(model, batch)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "timm_vit"])
+@pytest.mark.parametrize("name", swept(["bert", "distilbert", "timm_vit"], ["bert", "timm_vit"]))
 def test_families(name: str) -> None:
     """In every block; the same parts are found after, edits replay, and copies attend alike."""
     model, signature, example = built(name)

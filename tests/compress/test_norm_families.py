@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import build
+from sweeps import swept
 from torch import nn
 
 from calibrate.fidelity import sqnr_db
@@ -55,7 +56,11 @@ def test_what_is_no_norm_of_positions_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "says"), [("vit", ""), ("bert", ""), ("llama", "its MLP has a gate"), ("mobilevit", "")], ids=str
+    ("family", "says"),
+    swept(
+        [("vit", ""), ("bert", ""), ("llama", "its MLP has a gate"), ("mobilevit", "")],
+        [("bert", ""), ("llama", "its MLP has a gate")],
+    ),
 )
 def test_mlps_that_become_one_layer_are_tried(family: str, says: str) -> None:
     model, signature, example = build(family)

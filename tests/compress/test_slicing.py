@@ -48,7 +48,7 @@ def _no_gradients() -> Any:
     "name",
     swept(
         WHOLE + PART,
-        {"bert", "deberta_v2", "modernbert", "gpt2", "llama", "vit", "swin", "segformer", "timm_vit", "bart", "mobilevit"},
+        {"bert", "gpt2", "llama", "vit", "swin", "bart"},
     ),
 )
 def test_sliced_is_masked_and_replays(name: str) -> None:

@@ -55,11 +55,14 @@ def run(model: nn.Module, signature: Signature, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [
-        ("bart", "2 attentions, or softmaxes like theirs, run in it"),
-        ("siglip_vision", "runs neither torch's scaled_dot_product_attention nor a softmax over scores"),
-        ("timm_efficientformer", "it has no attention"),
-    ],
+    swept(
+        [
+            ("bart", "2 attentions, or softmaxes like theirs, run in it"),
+            ("siglip_vision", "runs neither torch's scaled_dot_product_attention nor a softmax over scores"),
+            ("timm_efficientformer", "it has no attention"),
+        ],
+        [("bart", "2 attentions, or softmaxes like theirs, run in it")],
+    ),
 )
 def test_other_attention_is_left_and_named(name: str, says: str) -> None:
     try:

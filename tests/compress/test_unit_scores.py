@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from sweeps import swept
 from torch import Tensor
 
 from calibrate.capture import split
@@ -35,7 +36,7 @@ def _still() -> Any:
         yield
 
 
-@pytest.mark.parametrize("name", RESTARTED)
+@pytest.mark.parametrize("name", swept(RESTARTED, ["bert", "llama", "swin", "timm_vit"]))
 def test_a_restart_gives_what_the_whole_model_gives(name: str) -> None:
     model, signature, example, units, paths = parts(name)
     restart = Restart(model, signature.call, paths)
@@ -70,7 +71,7 @@ def scores(name: str, batch_size: int | None = None, **options: Any) -> tuple[li
     return units, trajectory_scores(model, signature.call, split([example], batch_size), units, paths, **options)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "swin"])
+@pytest.mark.parametrize("name", swept(["bert", "llama", "swin"], ["bert", "llama"]))
 def test_batches_do_not_matter(name: str) -> None:
     whole, single = scores(name)[1], scores(name, 1)[1]
     for one, other in zip(whole, single, strict=True):

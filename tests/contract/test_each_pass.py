@@ -25,6 +25,7 @@ from compress.report import Report
 from compress.report import read as read_report
 from compress.run import apply
 from compress.sources import load_model
+from export.validate import run_rows
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
@@ -32,9 +33,9 @@ DATA = """\
 model: embedded:digits-vit
 data: {format: embedded, calibration: {rows: 32}, evaluation: {rows: 0-149}}
 export:
-  - onnx: {openvino: false}
+  - onnx: {openvino: false, dynamic: [], batch: 10}
 """
-EACH = "measure: {when: each_pass, batch_sizes: [1, 4], repeats: 3, warmup: 1}\n"
+EACH = "measure: {when: each_pass, batch_sizes: [10], repeats: 3, warmup: 1}\n"
 NOISE = "  - add_noise: {strength: 1.0}\n"
 JITTER = "  - add_noise: {strength: 0.001, seeded: false}\n"
 QUANTIZE = "  - quantize: {weights: 8, activations: static}\n"
@@ -184,8 +185,8 @@ def test_the_worth_is_what_running_both_files_gives(quantized: Path) -> None:
     rows = load_data(recipe, load_model("embedded:digits-vit", base=out)).evaluation
     assert rows is not None
     batch = next(rows.batches(150))
-    before = recipe.export[0].open(out / "baseline/onnx/model.onnx", 1)(batch)
-    after = recipe.export[0].open(out / "onnx/model.onnx", 1)(batch)
+    before = run_rows(recipe.export[0].open(out / "baseline/onnx/model.onnx", 1))(batch)
+    after = run_rows(recipe.export[0].open(out / "onnx/model.onnx", 1))(batch)
     assert worth.sqnr_db == pytest.approx(sqnr_db(before, after), abs=0.01)
     assert worth.agreement is not None
     assert worth.agreement.value == agreement(before, after)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sweeps import swept
 
 from compress.sources import settle_torchvision
 
@@ -59,12 +60,17 @@ CASES: dict[str, tuple[list[str], str, str, str]] = {
     "pyarrow": (["pyarrow"], rows("parquet"), "2:7: data: pyarrow is not installed", "hf"),
     "PIL": (["pil", "pillow"], rows("images"), "1:8: model: PIL is not installed", "hf"),
 }  # fmt: skip
+OFTEN = ["onnxruntime", "tensorrt_rtx", "transformers", "POT", "PIL"]
+"""A library of each kind: a runtime, one of two names, of models, of a pass, of data."""
 CONTROL = "nothing"
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """Exit code, output and complaint of each case, all from one program; the last is a control that lacks nothing."""
+def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, tuple[int, str, str]]:
+    """Exit code, output and complaint of each case that is asked for, all from one program; the last is a control that lacks
+    nothing."""
+    asked = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    cases = {name: case for name, case in CASES.items() if name in asked}
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     folder = tmp_path_factory.mktemp("extras")
@@ -77,7 +83,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
         (folder / name / "LABEL_0").mkdir(parents=True)
         (folder / name / "LABEL_0" / "0.png").write_bytes(bytes(np.arange(9, dtype=np.uint8)))
     jobs = []
-    for number, (without, text, *_) in enumerate([*CASES.values(), (["nothing"], recipe(), "", "")]):
+    for number, (without, text, *_) in enumerate([*cases.values(), (["nothing"], recipe(), "", "")]):
         (folder / f"{number}.yaml").write_text(text)
         jobs.append({
             "without": without,
@@ -91,13 +97,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
         [sys.executable, "-S", str(program), str(folder / "jobs.json")], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    for number in range(len(CASES)):
+    for number in range(len(cases)):
         assert not (folder / f"out-{number}").exists(), "nothing was begun"
-    found = {name: json.loads((folder / f"answer-{number}.json").read_text()) for number, name in enumerate([*CASES, CONTROL])}
+    found = {name: json.loads((folder / f"answer-{number}.json").read_text()) for number, name in enumerate([*cases, CONTROL])}
     return {name: tuple(answer) for name, answer in found.items()}
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", swept(CASES, OFTEN))
 def test_what_is_absent_is_named_with_the_command_that_installs_it(case: str, answers: dict[str, tuple[int, str, str]]) -> None:
     code, printed, told = answers[case]
     _, _, says, extra = CASES[case]

@@ -36,7 +36,7 @@ passes:
   - drop_layers: {mlp: [1]}
   - quantize: {weights: 8, activations: static}
 export:
-  - onnx: {openvino: false}
+  - onnx: {openvino: false, dynamic: []}
 measure: {repeats: 3, warmup: 1}
 """
 ARTIFACTS = ("recipe.yaml", "model.safetensors", "kept.safetensors", "onnx/model.onnx")
@@ -321,7 +321,7 @@ main()
 @pytest.mark.parametrize(
     ("sent", "code", "export", "at"),
     [
-        (signal.SIGINT, 130, "onnx: {openvino: false}", f"{FOLDER}/float-reference.part.json"),
+        (signal.SIGINT, 130, "onnx: {openvino: false, dynamic: []}", f"{FOLDER}/float-reference.part.json"),
         (signal.SIGTERM, 143, "tensorrt", "baseline/tensorrt/.building-*"),
     ],
 )
@@ -332,7 +332,7 @@ def test_a_stopped_command_says_one_line_and_leaves_no_process(
         pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
     import psutil
 
-    (tmp_path / "digits.yaml").write_text(RECIPE.replace("onnx: {openvino: false}", export))
+    (tmp_path / "digits.yaml").write_text(RECIPE.replace("onnx: {openvino: false, dynamic: []}", export))
     command = [sys.executable, "-c", COMMAND, "apply", "digits.yaml", "--out", "out"]
     run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     family: list[psutil.Process] = []

@@ -30,7 +30,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", swept(MODELS, ["bert", "llama", "mobilevit"]))
+@pytest.mark.parametrize("name", swept(MODELS, ["bert", "llama"]))
 def test_a_model_keeps_its_output(name: str, tmp_path: Path) -> None:
     """Bounds: float32 differs by the order of sums (90 dB); float16 rounds each result to 11 bits, 2**-11 of its size is
     66 dB, and some hundred roundings in a row leave at least 40 dB."""

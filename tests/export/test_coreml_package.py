@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from coreml_models import family, mixed, quantized, sqnr, trace
 from pydantic import ValidationError
+from sweeps import swept
 from torch import Tensor, nn
 
 pytest.importorskip("coremltools", reason="Core ML needs coremltools")
@@ -112,7 +114,10 @@ def test_the_traced_program_is_left_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shapes"),
-    [("bert", {"tokens": [2, 16]}), ("llama", {"tokens": [2, 16]}), ("bert", [{"tokens": 16}, {"tokens": 9}])],
+    swept(
+        [("bert", {"tokens": [2, 16]}), ("llama", {"tokens": [2, 16]}), ("bert", [{"tokens": 16}, {"tokens": 9}])],
+        [("bert", {"tokens": [2, 16]}), ("bert", [{"tokens": 16}, {"tokens": 9}])],
+    ),
     ids=["bert range", "llama range", "bert list"],
 )
 def test_another_length_runs(name: str, shapes: Any, tmp_path: Path) -> None:
@@ -179,8 +184,13 @@ class Masked(nn.Module):
         return self.head((scores + extra).softmax(-1) @ x)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("lowest", [float("-inf"), -3.4e38, -1e9])
+@pytest.mark.parametrize(
+    ("lowest", "precision"),
+    swept(
+        itertools.product([float("-inf"), -3.4e38, -1e9], ["float32", "float16"]),
+        [(float("-inf"), "float16"), (float("-inf"), "float32"), (-3.4e38, "float16")],
+    ),
+)
 def test_masks_stay_finite(precision: Any, lowest: float, tmp_path: Path) -> None:
     """No constant is infinite, no value becomes infinite or not a number, and what is masked has no weight."""
     x = torch.randn(2, 6, 8)

@@ -56,7 +56,7 @@ def limit(model: Any, signature: Signature, batch: Batch, reference: torch.Tenso
     "name",
     swept(
         NAMES,
-        {"bert", "deberta_v2", "modernbert", "gpt2", "gemma2", "vit", "swin", "mobilevitv2", "timm_levit_conv", "timm_maxvit"},
+        {"bert", "deberta_v2", "modernbert", "gpt2", "vit", "swin", "mobilevitv2"},
     ),
 )
 def test_family(name: str, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_family(name: str, tmp_path: Path) -> None:
         assert sqnr(reference, found) >= 80 or sqnr(reference, found) >= limit(model, signature, batch, reference)
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", swept(FREE, ["bert", "gpt2"]))
 def test_free_tokens(name: str, tmp_path: Path) -> None:
     model, signature, batch = built(name)
     exporter = OnnxExporter(dynamic=("batch", "tokens"))

@@ -15,11 +15,17 @@ from miniatures import save_hf, save_own_model, save_rows, save_timm
 from sweeps import swept
 
 from calibrate.errors import UserError
+from compress.anatomy import find
+from compress.checks import check_exporters
+from compress.datasets import load_data
+from compress.preparation import model_of
 from compress.recipe import read
+from compress.rehearsal import rehearse
 from compress.report import Report
 from compress.run import apply
 from compress.shipped import recipes_folder, shipped_recipes
 from compress.yaml_positions import parse
+from export.graph import Traceable
 from export.to_onnx import OnnxExporter
 
 for library, extra in (
@@ -51,11 +57,11 @@ SLOW = {
     "modernbert-skip", "portable-onnx", "dynamic-int8", "hard-attention", "drop-layers-then-int8", "max-drop", "gpt2-int8",
     "nested-text-encoder", "one-bit-text-encoder", "fused-image-tokens", "narrow-text-encoder", "fuse-language-model",
     "accuracy-driven", "int4-text-encoder", "ranges-by-gradients", "drop-attention", "sentence-embeddings", "linear-attention",
-    "float16", "mixed-bits", "fused-hybrid", "language-model-int8",
-    "mobile-hybrid",
+    "float16", "mixed-bits", "fused-hybrid", "mobile-hybrid", "cut-from-nested", "fuse-wide-and-narrow", "one-bit-digits",
+    "no-norms", "nncf-text-encoder", "reconstructed-two-bits", "fewer-text-tokens", "language-model-int8",
     "image-classifier-channels",
 }  # fmt: skip
-"""Recipes whose passes and files other recipes, or tests of their own, have too."""
+"""Recipes whose passes and files other recipes, or tests of their own, have too: they are only rehearsed each time."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ CASES = [
     Case("fewer-text-tokens", "bert", (("rows: 256", "rows: 64"),)),
     Case(
         "fewer-image-tokens",
-        "timm:test_vit3",
-        (("timm:deit_tiny_patch16_224", "timm:test_vit3"), ("rows: 256", "rows: 16"), ("rows: 1000", "rows: all")),
+        "timm:test_vit",
+        (("timm:deit_tiny_patch16_224", "timm:test_vit"), ("rows: 256", "rows: 16"), ("rows: 1000", "rows: all")),
         evaluate=False,
     ),
     Case("fused-image-tokens", "vit", (("rows: 1000", "rows: all"),), least_db=3),
@@ -259,6 +265,18 @@ def test_it_runs_on_a_small_model_of_its_family(case: Case, rows: Path, tmp_path
     if recipe.measure.when == "each_pass":
         assert len(made.steps) == 3
         assert all(step.worth for step in made.steps), "what each pass brought"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.recipe in SLOW and not case.after], ids=str)
+def test_every_pass_finds_its_places_and_every_format_carries_them(case: Case, rows: Path, tmp_path: Path) -> None:
+    recipe = read(place(case, rows, tmp_path))
+    source = model_of(recipe, trust=case.recipe == "own-model")
+    data = load_data(recipe, source, evaluation=False)
+    roles = {str(role): paths for role, paths in recipe.model.roles.items()}
+    rehearsal = rehearse(recipe, source, find(source.model, source.signature, data.example, roles), data.example)
+    check_exporters(recipe, Traceable(source.model, source.signature, data.example))
+    assert len(rehearsal.steps) == len(recipe.passes)
+    assert all(step.targets for step in rehearsal.steps)
 
 
 def contract_is_judged(path: Path, made: Report) -> None:

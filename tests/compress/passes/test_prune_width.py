@@ -57,7 +57,7 @@ def useless(model: nn.Module, heads: dict[int, list[int]], neurons: dict[int, li
             model.get_parameter(f"blocks.{block}.mlp.fc2.weight")[:, numbers] = 0
 
 
-@pytest.mark.parametrize("ratio", [0.9, 0.7, 0.5, 0.3])
+@pytest.mark.parametrize("ratio", swept([0.9, 0.7, 0.5, 0.3], [0.9, 0.3]))
 def test_the_budget_holds_and_is_used(ratio: float) -> None:
     model, signature, rows = digits()
     trial = tried(PruneWidth(macs=ratio, round_to=4, rows=8, repair=False), model, signature, rows)
@@ -136,7 +136,7 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone(monkeypatch: pytest.Mon
     assert torch.equal(spoiled.outputs(spoiled.after), plain.outputs(plain.after))
 
 
-@pytest.mark.parametrize("name", swept(FAMILIES, ["bert", "llama", "dinov2_swiglu", "pvt"]))
+@pytest.mark.parametrize("name", swept(FAMILIES, ["bert", "llama", "dinov2_swiglu"]))
 def test_every_family(name: str) -> None:
     """GQA, fused and interleaved projections, gated and convolutional MLPs, windows."""
     model, signature, rows = family(name)
@@ -148,7 +148,7 @@ def test_every_family(name: str) -> None:
     assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "timm_vit"])
+@pytest.mark.parametrize("name", swept(["bert", "llama", "timm_vit"], ["llama"]))
 def test_a_rehearsal_has_the_size_of_the_run(name: str) -> None:
     model, signature, rows = family(name)
     step = PruneWidth(macs=0.6, round_to=4, rows=4, repair=False)

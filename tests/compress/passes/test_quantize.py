@@ -472,9 +472,7 @@ def test_gpt2_is_the_same_model_with_linear_layers() -> None:
     assert trial.sqnr_db > 30
 
 
-@pytest.mark.parametrize(
-    "family", swept(["bert", "vit", "llama", "swin", "mobilevit", "distilbert"], ["llama", "swin", "mobilevit"])
-)
+@pytest.mark.parametrize("family", swept(["bert", "vit", "llama", "swin", "mobilevit", "distilbert"], ["llama", "swin"]))
 def test_families_stay_close_at_8_bits(family: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     from families import FAMILIES, build

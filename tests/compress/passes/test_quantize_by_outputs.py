@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import VOCABULARY, build
 from pydantic import ValidationError
+from sweeps import swept
 from torch import Tensor, nn
 from trial import Trial, digits, rebuilt, tried
 
@@ -45,9 +46,15 @@ def test_gradients_find_what_min_max_loses_and_say_so() -> None:
     assert down["range"][1] < 0.2 * down["seen"][1]
 
 
-@pytest.mark.parametrize("more", [{"activation_symmetric": False}, {"smooth": "balanced", "rounding": "gptq"},
-                                  {"weights": 4, "group_size": 16, "group_scales": "multiples"}, {"reduce_range": "pairs"}],
-                         ids=str)  # fmt: skip
+MORE: list[dict[str, Any]] = [
+    {"activation_symmetric": False},
+    {"smooth": "balanced", "rounding": "gptq"},
+    {"weights": 4, "group_size": 16, "group_scales": "multiples"},
+    {"reduce_range": "pairs"},
+]
+
+
+@pytest.mark.parametrize("more", swept(MORE, MORE[1:3]), ids=str)
 def test_searched_ranges_go_with_every_other_option(more: dict[str, Any]) -> None:
     sites = ["patch_embed", "blocks.0.*"]
     found = tried(Quantize(range="hessian", range_rows=16, sites=sites, **more), *digits())

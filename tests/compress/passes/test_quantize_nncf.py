@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from sweeps import swept
 from test_quantize import shared
 from torch import Tensor, nn
 from trial import Trial, digits, rebuilt, tried
@@ -70,12 +71,15 @@ def alike(trial: Trial, theirs: Theirs) -> Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"activation_symmetric": False, "alpha": 0.5, "range": "minmax"},
-        {"smooth": False, "granularity": "tensor", "range": "percentile", "percentile": 99.0},
-        {"embeddings": 8, "bias_correction": False},
-    ],
+    swept(
+        [
+            {},
+            {"activation_symmetric": False, "alpha": 0.5, "range": "minmax"},
+            {"smooth": False, "granularity": "tensor", "range": "percentile", "percentile": 99.0},
+            {"embeddings": 8, "bias_correction": False},
+        ],
+        [{}, {"smooth": False, "granularity": "tensor", "range": "percentile", "percentile": 99.0}],
+    ),
     ids=str,
 )
 def test_our_model_is_nncfs_own(options: dict[str, Any], theirs: Theirs) -> None:
