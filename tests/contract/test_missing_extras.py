@@ -69,7 +69,8 @@ CONTROL = "nothing"
 def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, tuple[int, str, str]]:
     """Exit code, output and complaint of each case that is asked for, all from one program; the last is a control that lacks
     nothing."""
-    asked = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    mine = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    asked = {item.callspec.params["case"] for item in mine if hasattr(item, "callspec")}
     cases = {name: case for name, case in CASES.items() if name in asked}
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
