@@ -47,7 +47,7 @@ ON_IOS16 = {
 CASES = [("iOS18", name, grid) for name, grid in GRIDS.items()] + [("iOS16", name, grid) for name, grid in ON_IOS16.items()]
 OFTEN = {
     ("iOS18", "8 per channel, asymmetric"), ("iOS18", "8 per tensor"), ("iOS18", "4 per group"),
-    ("iOS18", "2 per group, asymmetric"), ("iOS16", "8 per channel"), ("iOS16", "4 per tensor"),
+    ("iOS18", "3 per tensor"), ("iOS18", "2 per group, asymmetric"), ("iOS16", "8 per channel"), ("iOS16", "4 per tensor"),
 }  # fmt: skip
 STORED = {8: "int8", 4: "int4", 3: "uint3", 2: "uint2"}
 
