@@ -150,7 +150,7 @@ CASES = [
     Case("int4-weights", "llama", (("rows: 256", "rows: 32"),), least_db=9),
     Case("gpt2-int8", "gpt2", least_db=30),
     # Of random gated layers eight bits leave less than of trained ones, and there are no massive activations.
-    Case("language-model-int8", "image-classifier-channels", "llama", (("rows: 64", "rows: 16"),), least_db=9),
+    Case("language-model-int8", "llama", (("rows: 64", "rows: 16"),), least_db=9),
     # One of two random layers out.
     Case("fuse-language-model", "llama", (("rows: 256", "rows: 32"),), least_db=-10),
     Case(
