@@ -48,6 +48,7 @@ class Fuse(Pass):
 
     rules: list[str] | None = Field(
         None,
+        min_length=1,
         description="The rules that are applied, in an order of their own: "
         + ", ".join(rule.name for rule in RULES)
         + ". One that is named and matches nothing is an error. Default: all but layer_norm, attention_scale and dropout.",
