@@ -191,7 +191,7 @@ def sensitivity(
     """Show where it hurts: what the model's outputs lose when one site alone is quantized, or tokens leave at one block alone.
 
     No labels are read. Passes before the measured one are carried out first, in memory. Of a `quantize` each site is rounded at
-    each candidate of its `mixed`, or else at 8 bits (with its input rounded, and with the weights alone), 4 and 2 bits. Of
+    each candidate of its `mixed`, or else at 8 bits (with its input rounded, and with the weights alone), 4, 3 and 2 bits. Of
     `prune_tokens`, `merge_tokens` or `fuse_tokens` each block hands on 90, 75, 50 and 25 % of the tokens. Loss is the SQNR of the
     outputs in dB: higher is better. Nothing is written but the page.
 

@@ -57,7 +57,9 @@ class TensorRTExporter(Exporter):
         {}, description="[minimum, optimum, maximum] of dynamic dimensions; batch 1, 1, 16 and tokens up to the data's"
     )
     compute_capabilities: tuple[ComputeCapability, ...] = Field(
-        (), description="GPUs that tensorrt-rtx builds for; empty: its default, 8.0 and later"
+        (),
+        description="GPUs that tensorrt-rtx builds for; empty: those that it takes by itself, 8.0 and later (FP8: 8.9), "
+        "which the report names",
     )
     optimization_level: int | None = Field(None, ge=0, le=5, description="builder effort; empty: the builder's own")
     builder: Literal["auto", "tensorrt", "tensorrt-rtx"] = Field(

@@ -42,8 +42,9 @@ class _Content(pickle.Pickler):
         if not isinstance(obj, Tensor):
             return None
         kind = (type(obj).__name__, str(obj.dtype), str(obj.device), str(obj.layout), tuple(obj.shape), obj.requires_grad)
+        kind = (*kind, self._number("tensor", id(obj)))
         if obj.is_meta or obj.layout != torch.strided:
-            return (*kind, self._number("tensor", id(obj)))
+            return kind
         storage = self._number("storage", obj.untyped_storage().data_ptr())
         values = obj.detach().contiguous().reshape(-1).view(torch.uint8) if obj.numel() else torch.empty(0, dtype=torch.uint8)
         return (*kind, obj.stride(), obj.storage_offset(), storage, hashlib.sha256(values.numpy()).hexdigest())

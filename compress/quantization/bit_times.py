@@ -76,12 +76,15 @@ class SettingTimes:
         def propose(budget: float, first: bool) -> tuple[Settings, float]:
             point = curve.within((budget - self.least) / _UNIT)
             if point is None and first:
-                enough = f"{self.least + _NOISE:.2f}"
+                enough = self.least + _NOISE
+                hint = f"Ask for {enough:.2f} or more, or add faster candidates, or sites."
+                if enough > 1:
+                    hint = "None of them is faster than float here: add float, or ask for size_ratio or loss_db instead."
                 raise UserError(
                     "quantize",
                     f"mixed asks for latency_ratio {budget:g}, and the least that is expected of these candidates is about "
                     f"{self.least:.3f}",
-                    f"Ask for {enough} or more, or add faster candidates, or sites.",
+                    hint,
                 )
             point = point or 0
             picked = zip(self.groups, names, curve.choices(point), strict=True)
@@ -159,7 +162,8 @@ def in_time(
         return trial
 
     def measure(settings: Settings) -> Sequence[Timing]:
-        trial = fixed(settings).run(stand_in(model), replace(context, report={}, surgery=Surgery()))
+        rounds = set(settings.values()) != {FLOAT}
+        trial = fixed(settings).run(stand_in(model), replace(context, report={}, surgery=Surgery())) if rounds else model
         context.progress(1, 2, "time of the chosen bits")
         return latency([model, trial])
 

@@ -39,17 +39,17 @@ def float8_refusal(step: Quantize) -> str | None:
     """What does not go with ``weights: fp8`` and, on a second line, the way out; None where all is well."""
     if not is_float8(step):
         return None
-    chosen = step.chosen if len(step.model_fields_set) < len(type(step).model_fields) else set()  # not all written out again
+    written = step.model_fields_set if len(step.model_fields_set) < len(type(step).model_fields) else set()  # as a report writes
     if step.activations != "static":
         return "weights: fp8 is for products with inputs of fp8\nUse activations: static, or weights: 8."
     if step.granularity == "group" or step.group_size:
         return "weights: fp8 has one scale a channel or tensor\nTake group_size and granularity: group out."
     if not (step.symmetric and step.activation_symmetric):
         return "weights: fp8 has no zero points\nTake symmetric and activation_symmetric out."
-    if step.smooth and "smooth" in chosen:
+    if step.smooth and "smooth" in written:
         return "smooth: fp8 is as exact in small channels as in large ones\nLeave it out."
     for name, (value, reason) in _UNUSED.items():
-        if name in chosen and getattr(step, name) != value:
+        if name in written and getattr(step, name) not in (value, None):
             return f"{name}: {getattr(step, name)} has no meaning with weights: fp8: {reason}\nLeave it out."
     if step.mixed is not None or step.max_drop is not None:
         return "weights: fp8 stands alone, and mixed and max_drop choose among integers\nTake them out, or use weights: 8."

@@ -114,7 +114,7 @@ def make(
 ) -> SensitivityReport:
     """Carries out the passes before a ``quantize`` in memory, then measures what that one's sites lose.
 
-    The settings are the candidates of its ``mixed``, or else 8 bits with and without rounded inputs, 4 and 2 bits, of
+    The settings are the candidates of its ``mixed``, or else 8 bits with and without rounded inputs, 4, 3 and 2 bits, of
     which a site may refuse some.
 
     Args:
@@ -165,7 +165,7 @@ def _row(site: SiteLoss) -> Row:
 def _candidates(step: Quantize) -> Sequence[Choice | SiteOptions]:
     if step.mixed is not None:
         return [one for one in step.mixed.candidates if options_of(one).weights != "float"]
-    own: tuple[Choice | SiteOptions, ...] = (8, SiteOptions(weights=8, activations="none"), 4, 2)
+    own: tuple[Choice | SiteOptions, ...] = (8, SiteOptions(weights=8, activations="none"), 4, 3, 2)
     return [one for one in own if step.activations != "none" or not isinstance(one, SiteOptions)]
 
 

@@ -132,11 +132,11 @@ def test_bits_that_no_site_can_take_are_named_and_the_others_measured(
     recipe.write_text(RECIPE.replace(mixed, plain))
     assert ran(monkeypatch, str(recipe), "--json", "--quiet", "--rows", "16") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["settings"] == ["8", "8 weights only", "4", "2"]
+    assert found["settings"] == ["8", "8 weights only", "4", "3", "2"]
     site, other = found["sites"]
     assert set(other["settings"]) == {"8"}
     assert set(site["settings"]) == {"8", "8 weights only"}
-    assert set(site["refused"]) == {"4", "2"}
+    assert set(site["refused"]) == {"4", "3", "2"}
     assert all("group_size 48 does not divide the 64 inputs" in reason for reason in site["refused"].values())
     assert found["uniform"]["4"] == {"bytes": found["bytes_before"], "predicted_db": None}
     assert ran(monkeypatch, str(recipe), "--quiet", "--rows", "16") == 0
@@ -172,7 +172,7 @@ def test_mistakes_end_with_2_and_say_what(
 @pytest.mark.parametrize(
     ("quantize", "arguments", "says"),
     [
-        ("{}", ("--by", "3"), "There is: 8, 8 weights only, 4, 2."),
+        ("{}", ("--by", "5"), "There is: 8, 8 weights only, 4, 3, 2."),
         ("{engine: nncf}", (), "quantize: sites are measured as the own engine rounds them, and the recipe has engine: nncf"),
     ],
     ids=["by", "nncf"],

@@ -73,6 +73,12 @@ def test_what_does_not_go_with_it_is_refused_with_the_way_out(options: dict[str,
     assert "\n" in str(caught.value)
 
 
+@pytest.mark.parametrize("option", [{"smooth": True}, {"range": "mse"}], ids=str)
+def test_a_default_that_is_written_and_would_be_ignored_is_refused_too(option: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="Leave it out"):
+        Quantize(weights="fp8", **option)
+
+
 def test_what_it_takes_by_itself_may_be_said() -> None:
     step = Quantize(weights="fp8", range="minmax", smooth=False, granularity="tensor", overrides={"mlp.down": "float"})
     assert Quantize.model_validate(step.model_dump()) == step

@@ -133,6 +133,17 @@ def test_a_budget_that_nothing_meets_is_refused_with_the_best_there_is() -> None
     assert took(clock, timed(enough, clock)) <= enough
 
 
+def test_candidates_that_are_slower_than_float_are_said_to_be() -> None:
+    with pytest.raises(UserError, match="about 1") as caught:
+        timed(0.9, Clock(each={32: 1.0, 8: 1.4, 4: 1.6}), (8, 4))
+    assert caught.value.hint.startswith("None of them is faster than float here: add float")
+
+
+def test_a_budget_that_only_float_meets_is_refused_as_one_that_rounds_nothing() -> None:
+    with pytest.raises(UserError, match="latency_ratio 1, which leaves every site float"):
+        timed(1.0, Clock(each={32: 1.0, 8: 1.4}), (8, "float"))
+
+
 def test_without_a_clock_the_way_out_is_named() -> None:
     with pytest.raises(UserError, match="no file can be timed here") as caught:
         timed(0.5, None)
