@@ -392,7 +392,7 @@ def test_an_option_without_meaning_is_refused() -> None:
     with pytest.raises(ValidationError, match="group_size"):
         Quantize(group_size=32, granularity="channel")
     with pytest.raises(ValidationError, match="weights"):
-        Quantize(weights=3)  # type: ignore[arg-type]
+        Quantize(weights=5)  # type: ignore[arg-type]
 
 
 def test_a_layer_is_quantized_once() -> None:
