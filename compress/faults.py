@@ -20,6 +20,9 @@ _SHOWN = 20
 _ANY_HINT = "`compress schema` and recipes/README.md tell what may stand there."
 _LIKE_BOOLEAN = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
+_MOST_KEYS = 16
+"""That a message names of a mapping."""
+
 
 class RecipeError(UserError):
     """All faults of one recipe, in the order of the file."""
@@ -173,9 +176,17 @@ def allowed(schema: JsonSchema, path: Sequence[Step]) -> str:
     mappings = [one for one in options if one.get("type") == "object"]
     if mappings:
         keys = list(dict.fromkeys(key for one in mappings for key in one.get("properties", {})))
-        words.append(f"a mapping with {', '.join(keys)}" if keys else "a mapping")
+        words.append(_mapping(keys))
     said = list(dict.fromkeys(word for word in words if word))
     return (", or " if any(" or " in word for word in said) else " or ").join(said)
+
+
+def _mapping(keys: Sequence[str]) -> str:
+    """In words; of many keys the first."""
+    if not keys:
+        return "a mapping"
+    rest = len(keys) - _MOST_KEYS
+    return f"a mapping with {', '.join(keys)}" if rest < 2 else f"a mapping with {', '.join(keys[:_MOST_KEYS])} and {rest} more"
 
 
 def _word(schema: JsonSchema, root: JsonSchema) -> str:
@@ -193,8 +204,7 @@ def _word(schema: JsonSchema, root: JsonSchema) -> str:
     if kind == "array":
         return _list_word(schema, root)
     if kind == "object":
-        keys = list(schema.get("properties", {}))
-        return f"a mapping with {', '.join(keys)}" if keys else "a mapping"
+        return _mapping(list(schema.get("properties", {})))
     return ""
 
 

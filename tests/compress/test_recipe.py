@@ -112,9 +112,9 @@ def test_short_and_long_forms_are_the_same() -> None:
     ("old", "new", "place", "what", "hint"),
     [
         ("weights: 8", "weigths: 8", "7:16", "unknown key 'weigths'", "Did you mean weights?"),
-        ("weights: 8", "weights: 3", "7:25", "weights is 3, must be 2, 4 or 8", "Bits"),
-        ("weights: 8", "weights: true", "7:25", "weights is true, must be 2, 4 or 8", ""),
-        ("weights: 8", "weights: '8'", "7:25", "weights is '8', must be 2, 4 or 8", ""),
+        ("weights: 8", "weights: 5", "7:25", "weights is 5, must be 2, 3, 4, 8 or fp8", "Bits"),
+        ("weights: 8", "weights: true", "7:25", "weights is true, must be 2, 3, 4, 8 or fp8", ""),
+        ("weights: 8", "weights: '8'", "7:25", "weights is '8', must be 2, 3, 4, 8 or fp8", ""),
         ("weights: 8", "group_size: '8'", "7:28", "must be an integer above 0", "Take it out of the quotes"),
         ("weights: 8", "group_size: 1.5", "7:28", "group_size is 1.5, must be an integer above 0", ""),
         ("weights: 8", "symmetric: yes", "7:27", "symmetric is 'yes', must be true or false", "Write true."),

@@ -91,7 +91,7 @@ def test_shipped_recipes_are_valid_in_both(path: Path) -> None:
     ("old", "new"),
     [
         ("weights: 8", "wieghts: 8"),
-        ("weights: 8", "weights: 3"),
+        ("weights: 8", "weights: 5"),
         ("weights: 8", 'weights: "8"'),
         ("activations: static", "activations: [static]"),
         ("- quantize:", "- quantise:"),
