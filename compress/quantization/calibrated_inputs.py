@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from calibrate.capture import Captured, capture, shared_inputs
 from calibrate.errors import UserError
+from calibrate.massive import massive
 from calibrate.ranges import Channels, Observer, RangeMethod, range_observer
 from calibrate.second_moment import SecondMoment
 from compress.algorithms.smoothing import Smoothing, balanced, smoothing
@@ -91,8 +92,31 @@ def smoothed_inputs(step: Quantize, model: nn.Module, context: Context, jobs: li
     return inputs
 
 
-def second_moments(step: Quantize, model: nn.Module, walk: Walk, stage: list[Job], ties: Ties) -> dict[str, SecondMoment]:
-    """The second moments of the inputs of a stage's linear layers, as the model is now; none with ``rounding: nearest``."""
+class _OrdinaryMoment(SecondMoment):
+    """The second moments of an input at the positions without massive activations."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self._seen = seen
+
+    @property
+    def key(self) -> Hashable:
+        return "second moment without massive activations"
+
+    def update(self, values: Tensor) -> None:
+        ordinary = ~massive(self._seen.before_folding(values)).any(-1)
+        if bool(ordinary.any()):
+            super().update(values[ordinary])
+
+
+def second_moments(
+    step: Quantize, model: nn.Module, walk: Walk, stage: list[Job], ties: Ties, apart: Mapping[str, Seen]
+) -> dict[str, SecondMoment]:
+    """The second moments of the inputs of a stage's linear layers, as the model is now; none with ``rounding: nearest``.
+
+    Args:
+        apart: of layers at which positions with massive activations do not count, what was seen of their inputs.
+    """
     kinds = ("linear", "conv1d")
     paths = [job.site.path for job in stage if job.site.kind in kinds and not ties.holders[job.site.path]]
     if step.rounding == "nearest" or not paths:
@@ -101,7 +125,7 @@ def second_moments(step: Quantize, model: nn.Module, walk: Walk, stage: list[Job
         model,
         walk.call,
         walk.pieces,
-        {path: (SecondMoment(),) for path in paths},
+        {path: (_OrdinaryMoment(apart[path]) if path in apart else SecondMoment(),) for path in paths},
         whole=False,
     )
     if captured.silent:
@@ -110,14 +134,14 @@ def second_moments(step: Quantize, model: nn.Module, walk: Walk, stage: list[Job
     for path in paths:
         moment = captured.observers[path][0]
         assert isinstance(moment, SecondMoment)
-        inputs = moment.matrix.shape[0]
-        if moment.count < inputs:
-            needed = math.ceil(captured.rows * inputs / max(moment.count, 1))
+        needs = max(moment.matrix.shape[0], 1)
+        if moment.count < needs:
+            rows = math.ceil(captured.rows * needs / max(moment.count, 1))
             raise UserError(
                 step.name,
-                f"rounding: {step.rounding} at {path} needs {inputs} positions, and the {captured.rows} calibration rows have "
+                f"rounding: {step.rounding} at {path} needs {needs} positions, and the {captured.rows} calibration rows have "
                 f"{moment.count}",
-                f"Use about {needed} rows, or rounding: nearest.",
+                f"Use about {rows} rows, or rounding: nearest.",
             )
         moments[path] = moment
     return moments

@@ -62,7 +62,7 @@ def loud_streams(step: Quantize, model: nn.Module, anatomy: Anatomy) -> Iterator
 
 def protected(
     step: Quantize, model: nn.Module, context: Context, jobs: list[Job], inputs: dict[str, Seen], loud: Sequence[str], made: Made
-) -> tuple[list[Job], dict[str, Seen]]:
+) -> tuple[list[Job], dict[str, Seen], dict[str, Seen]]:
     """The jobs, and what was seen of their inputs, with another range, factors, or a float input where a tensor has massive
     activations and its readers do better so. Nothing changes where there are none.
 
@@ -73,16 +73,21 @@ def protected(
     Args:
         loud: norms whose input may have massive activations.
         made: a layer for a job and what was seen of its input.
+
+    Returns:
+        Third what was seen at layers whose weights are rounded by their outputs without the massive positions: a sum over all
+        positions says nothing of the others, which are what such layers are rounded for.
     """
     if not _asked(step):
-        return jobs, inputs
+        return jobs, inputs, {}
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         if job.rounds_input and job.site.path in inputs:
             groups.setdefault(inputs[job.site.path].leader or job.site.path, []).append(job)
     wanted = {leader for leader in groups if float(inputs[leader].channels.absmax.max()) > LEAST}
     if not wanted and not loud:
-        return jobs, inputs
+        return jobs, inputs, {}
+    apart: dict[str, Seen] = {}
     found = _swept(step, model, context, {path: groups[path] for path in wanted}, inputs, loud)
     told: dict[str, Any] = {}
     streams = {path: tensor.entries.json() for path, tensor in found.items() if path in loud}
@@ -95,11 +100,13 @@ def protected(
             "rounded": chosen.name,
             "output_sqnr_db": {name: finite(value) for name, value in measured.items()},
         }
+        if chosen.name != "everything":
+            apart |= {job.site.path: inputs[job.site.path] for job in group}
         inputs = {path: seen for path, seen in (inputs | chosen.inputs).items() if seen is not None}
         jobs = [next((one for one in chosen.jobs if one.site.path == job.site.path), job) for job in jobs]
     if told or streams:
         context.report["massive_activations"] = {"inputs": told, "residual_stream": streams}
-    return jobs, inputs
+    return jobs, inputs, apart
 
 
 def _asked(step: Quantize) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,15 +55,16 @@ def round_sites(step: Quantize, model: nn.Module, context: Context) -> nn.Module
         captured = calibrated(step, model, context, jobs)
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
     inputs = searched_ranges(step, model, context, jobs, inputs)
-    inputs = joint_ranges(step, model, context, jobs, inputs, lambda job, seen: _filled(step, model, job, seen, None)[0])
-    jobs, inputs = protected(step, model, context, jobs, inputs, loud, lambda job, seen: _filled(step, model, job, seen, None)[0])
+    made = functools.partial(_nearest, step, model)
+    inputs = joint_ranges(step, model, context, jobs, inputs, made)
+    jobs, inputs, apart = protected(step, model, context, jobs, inputs, loud, made)
     ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
     tables = table_moments(step, model, context, jobs, ties)
     report: dict[str, Any] = {}
     blocks: dict[str, Any] = {}
     wanted = Wanted(step, model, context)
     for stage, walk, later in _walked(step, model, context, jobs):
-        moments = tables | second_moments(step, model, walk, stage, ties)
+        moments = tables | second_moments(step, model, walk, stage, ties, apart)
         teacher = wanted.of(stage, walk, later)
         with torch.no_grad():
             for job in stage:
@@ -107,7 +109,7 @@ def site_layers(
     inputs = smoothed_inputs(step, model, context, jobs, captured) if captured else {}
     ties = Ties.of(model, {job.site.path: job.grid for job in jobs})
     for stage, walk, _ in _walked(step, model, context, jobs):
-        moments = second_moments(step, model, walk, stage, ties)
+        moments = second_moments(step, model, walk, stage, ties, {})
         for job in stage:
             path, made = job.site.path, []
             for options in settings[path]:
@@ -148,6 +150,11 @@ def _convert(
     context.surgery.replace(model, job.site.path, layer)
     ties.settle(model, context.surgery, job.site.path)
     return says
+
+
+def _nearest(step: Quantize, model: nn.Module, job: Job, seen: Seen | None) -> QuantizedLayer:
+    """The layer that stands in for one module, with the nearest codes."""
+    return _filled(step, model, job, seen, None)[0]
 
 
 def _filled(

@@ -155,3 +155,13 @@ def test_it_is_about_static_inputs() -> None:
         Quantize(activations="dynamic", massive_activations="ignore")
     with pytest.raises((ValidationError, UserError), match="NNCF has no such option"):
         Quantize(engine="nncf", massive_activations="ignore")
+
+
+@pytest.mark.parametrize("heeded", [False, True], ids=["the other positions", "float"])
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_weights_are_not_rounded_for_the_massive_position_where_the_range_leaves_it_out(heeded: bool, rounding: Any) -> None:
+    options: dict[str, Any] = {"sites": ["up", "down"], "weights": 4, "group_size": 24, **MINMAX}
+    nearest, trial = (tried(Quantize(rounding=how, **options), *register(heeded)) for how in ("nearest", rounding))
+    told = trial.context.report["massive_activations"]["inputs"].values()
+    assert {found["rounded"] for found in told} == {"float" if heeded else "the other positions"}
+    assert trial.sqnr_db > nearest.sqnr_db + 1
