@@ -54,7 +54,7 @@ class Seen:
         folded: the module that makes the input and has the factors inside; None: the layer multiplies.
         searched: ranges that hold in the place of those seen.
         moved: what became of the scale and zero point of each channel; ``folded`` is the norm that took them.
-        ordinary_mean: mean of what the layer receives [C] at positions without massive activations; None: there are none.
+        ordinary_mean, ordinary_mean_square: of what the layer receives [C] at positions without massive activations; None: all are.
         kept: a range of what is rounded that holds in the place of all others: that of the positions without massive activations.
     """
 
@@ -67,6 +67,7 @@ class Seen:
     moved: Reparameterization | None = None
     kept: tuple[float, float] | None = None
     ordinary_mean: Tensor | None = None
+    ordinary_mean_square: Tensor | None = None
 
     @classmethod
     def of(cls, captured: Captured, path: str) -> Seen:
@@ -93,6 +94,8 @@ class Seen:
     @property
     def energy(self) -> Tensor:
         """Mean square of what is rounded [C], factors in it."""
+        if self.ordinary_mean_square is not None:
+            return self.ordinary_mean_square if self.factor is None else self.ordinary_mean_square * self.factor.square()
         if self.moved is not None:
             factor, shift = self.moved.factor, self.moved.shift
             crossed = 2 * factor * shift * self.channels.mean

@@ -237,7 +237,8 @@ def _ways(step: Quantize, model: nn.Module, group: list[Job], inputs: Mapping[st
         kept = tensor.ranged.range(grid)
     else:
         kept = float(tensor.channels.low.min()), float(tensor.channels.high.max())
-    given = {path: replace(inputs[path], ordinary_mean=tensor.ordinary.mean) for path in paths}
+    means = {"ordinary_mean": tensor.ordinary.mean, "ordinary_mean_square": tensor.ordinary.mean_square}
+    given = {path: replace(inputs[path], **means) for path in paths}
     ways = [
         _Way("everything", group, dict(given)),
         _Way("the other positions", group, {path: replace(one, kept=kept) for path, one in given.items()}),

@@ -165,3 +165,11 @@ def test_weights_are_not_rounded_for_the_massive_position_where_the_range_leaves
     told = trial.context.report["massive_activations"]["inputs"].values()
     assert {found["rounded"] for found in told} == {"float" if heeded else "the other positions"}
     assert trial.sqnr_db > nearest.sqnr_db + 1
+
+
+def test_pairs_of_codes_give_way_by_the_other_positions() -> None:
+    subject = register(heeded=False)
+    free, pairs = (at_up(subject, reduce_range=how, **MINMAX) for how in (False, "pairs"))
+    assert pairs.context.report["massive_activations"]["inputs"]["up"]["rounded"] == "the other positions"
+    assert pairs.context.report["sites"]["up"]["overflowing_pairs"] > 0
+    assert pairs.sqnr_db > free.sqnr_db - 6
