@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "Fidelity", "agreement", "cosine", "max_error", "sqnr_db", "wilson"]
+__all__ = ["Estimate", "Fidelity", "agreement", "cosine", "max_error", "ratio_db", "sqnr_db", "wilson"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Fidelity:
     def sqnr_db(self) -> float:
         """``10 log10(sum reference**2 / sum (reference - other)**2)``: inf when equal, -inf when the other is not
         finite."""
-        return _decibel(self._signal, self._noise)
+        return ratio_db(self._signal, self._noise)
 
     @property
     def max_error(self) -> float:
@@ -108,7 +108,7 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """``10 log10(sum reference**2 / sum (reference - other)**2)``, any shape; inf when equal, -inf when ``other`` is
     not finite."""
     reference, other = reference.detach().double(), other.detach().double()
-    return _decibel(float(reference.square().sum()), float((reference - other).square().sum()))
+    return ratio_db(float(reference.square().sum()), float((reference - other).square().sum()))
 
 
 def max_error(reference: Tensor, other: Tensor) -> float:
@@ -147,7 +147,8 @@ def _same_answer(reference: Tensor, other: Tensor) -> Tensor:
     return (reference.argmax(-1) == other.argmax(-1)) & torch.isfinite(other).all(-1)
 
 
-def _decibel(signal: float, noise: float) -> float:
+def ratio_db(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)`` of two sums of squares; inf without noise, -inf where it is not finite."""
     if not math.isfinite(noise):
         return -math.inf
     if noise == 0:

@@ -54,7 +54,7 @@ class Seen:
         folded: the module that makes the input and has the factors inside; None: the layer multiplies.
         searched: ranges that hold in the place of those seen.
         moved: what became of the scale and zero point of each channel; ``folded`` is the norm that took them.
-        ordinary_mean, ordinary_mean_square: of what the layer receives [C] at positions without massive activations; None: all are.
+        ordinary_mean, ordinary_mean_square: of what the layer receives [C] without massive positions; None: there are none.
         kept: a range of what is rounded that holds in the place of all others: that of the positions without massive activations.
     """
 

@@ -7,43 +7,29 @@ hangs on. Which is worse is measured. Shapes: B rows, T positions, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from calibrate.capture import channels_last, counted, split, visiting
-from calibrate.fidelity import sqnr_db
-from calibrate.massive import LEAST, MassiveEntries, massive
+from calibrate.massive import LEAST, massive
 from calibrate.modes import evaluating
-from calibrate.ranges import Channels, RangeMethod, RangeObserver, range_observer
+from calibrate.ranges import RangeMethod, range_observer
 from calibrate.signature import Batch
-from compress.algorithms.smoothing import smoothing
 from compress.anatomy import Anatomy
-from compress.depth.grafts import grafting
-from compress.depth.output_scores import first_rows
-from compress.layers.conversion import weight_of
 from compress.layers.fitting import Seen, column_energy, finite
 from compress.quantization.float8 import is_float8
-from compress.quantization.quantized_sites import Job, input_grid, site_job
-from compress.quantization.site_options import SiteOptions
+from compress.quantization.massive_ways import FloatOutputs, Made, MassiveTensor, best_way
+from compress.quantization.quantized_sites import Job
 
 if TYPE_CHECKING:
-    from compress.layers.conversion import QuantizedLayer
     from compress.passes.contract import Context
     from compress.passes.quantize import Quantize
 
 __all__ = ["loud_streams", "protected"]
-
-_ROWS = 64
-"""Calibration rows on which the ways to round an input are compared, at most."""
-_ENOUGH_DB, _WORTH_DB = 35.0, 3.0
-"""What of the model's outputs is good enough with one input rounded, and what a costlier way has to gain below that."""
-
-Made = Callable[[Job, Seen | None], "QuantizedLayer"]
 
 
 @contextmanager
@@ -91,10 +77,12 @@ def protected(
     found = _swept(step, model, context, {path: groups[path] for path in wanted}, inputs, loud)
     told: dict[str, Any] = {}
     streams = {path: tensor.entries.json() for path, tensor in found.items() if path in loud}
-    for leader in [leader for leader in groups if leader in found]:
+    leaders = [leader for leader in groups if leader in found]
+    outputs = FloatOutputs(step, model, context, [job.site.path for leader in leaders for job in groups[leader]])
+    for leader in leaders:
         tensor, group = found[leader], groups[leader]
-        context.progress(len(told), len(groups), f"massive activations at {leader}")
-        chosen, measured = _best(step, model, context, group, inputs, tensor, made)
+        context.progress(len(told), len(leaders), f"massive activations at {leader}")
+        chosen, measured = best_way(step, model, outputs, group, inputs, tensor, made)
         told[leader] = tensor.entries.json() | {
             "readers": [job.site.path for job in group],
             "rounded": chosen.name,
@@ -113,32 +101,6 @@ def _asked(step: Quantize) -> bool:
     return step.massive_activations == "protect" and step.activations == "static" and not is_float8(step)
 
 
-@dataclass
-class _Tensor:
-    """What one tensor holds that is massive, and what was seen of it.
-
-    Attributes:
-        ranged, channels: of the positions without massive activations, as they are rounded.
-        given, ordinary: of all positions and of those, as the readers receive them.
-    """
-
-    ranged: RangeObserver
-    channels: Channels = field(default_factory=Channels)
-    given: Channels = field(default_factory=Channels)
-    ordinary: Channels = field(default_factory=Channels)
-    entries: MassiveEntries = field(default_factory=MassiveEntries)
-
-
-@dataclass(frozen=True)
-class _Way:
-    """A way to round the input of a group: its jobs, and what is seen of each input; None: it stays float."""
-
-    name: str
-    jobs: list[Job]
-    inputs: dict[str, Seen | None]
-    dear: bool = False
-
-
 def _swept(
     step: Quantize,
     model: nn.Module,
@@ -146,7 +108,7 @@ def _swept(
     groups: Mapping[str, list[Job]],
     inputs: Mapping[str, Seen],
     loud: Sequence[str],
-) -> dict[str, _Tensor]:
+) -> dict[str, MassiveTensor]:
     """Runs the calibration rows and looks at the tensors that these groups, and these norms, receive.
 
     Returns:
@@ -157,7 +119,7 @@ def _swept(
     for path in (*groups, *loud):
         readers = [column_energy(model.get_submodule(job.site.path), job.site.kind) for job in groups.get(path, [])]
         energy = torch.stack(readers).sum(0) if readers else None
-        found[path] = _Tensor(range_observer(method, step.percentile, energy))
+        found[path] = MassiveTensor(range_observer(method, step.percentile, energy))
     batch: Batch = {}
 
     def visit(path: str, module: nn.Module, x: Tensor) -> None:
@@ -171,7 +133,7 @@ def _swept(
     return {path: tensor for path, tensor in found.items() if tensor.entries.handful}
 
 
-def _look(tensor: _Tensor, x: Tensor, seen: Seen | None, batch: Batch) -> None:
+def _look(tensor: MassiveTensor, x: Tensor, seen: Seen | None, batch: Batch) -> None:
     """Takes in one call: entries of the tensor as the float model has it, ranges as its readers round it."""
     ids = batch.get("input_ids")
     x, counts = _rows(x, batch.get("attention_mask"))
@@ -183,9 +145,7 @@ def _look(tensor: _Tensor, x: Tensor, seen: Seen | None, batch: Batch) -> None:
         return
     tensor.given.update(x.flatten(0, 1) if counts is None else x[counts])
     tensor.ordinary.update(x[ordinary])
-    rounded = x if seen.factor is None else x * seen.factor.to(x)
-    tensor.ranged.update(rounded[ordinary])
-    tensor.channels.update(rounded[ordinary])
+    tensor.ranged.update(x[ordinary])
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -199,76 +159,3 @@ def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     counts = counts.reshape(x.shape[:2])
     counts = counts.reshape(*counts.shape, *[1] * (x.dim() - 3)).expand(x.shape[:-1])
     return rows, counts.reshape(rows.shape[:2]).to(rows.device)
-
-
-def _best(
-    step: Quantize,
-    model: nn.Module,
-    context: Context,
-    group: list[Job],
-    inputs: Mapping[str, Seen],
-    tensor: _Tensor,
-    made: Made,
-) -> tuple[_Way, dict[str, float]]:
-    """The way to round a group's input, and the SQNR of the model's outputs with each, in dB."""
-    ways = _ways(step, model, group, inputs, tensor)
-    batches = first_rows(context.calibration(), _ROWS)
-    float_outputs = _outputs(model, context, batches)
-    measured = {}
-    for way in ways:
-        with torch.no_grad():
-            layers = {job.site.path: made(job, way.inputs[job.site.path]) for job in way.jobs}
-        with grafting(model, layers):
-            given = _outputs(model, context, batches)
-        measured[way.name] = sqnr_db(float_outputs, given) if bool(given.isfinite().all()) else float("-inf")
-    best = max((way for way in ways if not way.dear), key=lambda way: measured[way.name])
-    for way in (way for way in ways if way.dear):
-        if measured[best.name] < _ENOUGH_DB and measured[way.name] >= measured[best.name] + _WORTH_DB:
-            best = way
-    return best, measured
-
-
-def _ways(step: Quantize, model: nn.Module, group: list[Job], inputs: Mapping[str, Seen], tensor: _Tensor) -> list[_Way]:
-    """The cheapest first."""
-    paths = [job.site.path for job in group]
-    seen = inputs[paths[0]]
-    grid = input_grid(step)
-    if seen.smoothed is None and seen.moved is None:
-        kept = tensor.ranged.range(grid)
-    else:
-        kept = float(tensor.channels.low.min()), float(tensor.channels.high.max())
-    means = {"ordinary_mean": tensor.ordinary.mean, "ordinary_mean_square": tensor.ordinary.mean_square}
-    given = {path: replace(inputs[path], **means) for path in paths}
-    ways = [
-        _Way("everything", group, dict(given)),
-        _Way("the other positions", group, {path: replace(one, kept=kept) for path, one in given.items()}),
-    ]
-    if step.smooth and all(job.site.kind != "conv2d" for job in group):
-        weight = torch.cat([weight_of(model.get_submodule(job.site.path), job.site.kind) for job in group])
-        low, high, loud = (one.to(weight.device) for one in (tensor.given.low, tensor.given.high, tensor.ordinary.mean_square))
-        smoothed = smoothing(weight, low, high, loud, group[0].grid, grid)
-        changes: dict[str, Any] = {
-            "channels": tensor.given,
-            "smoothed": smoothed,
-            "folded": None,
-            "moved": None,
-            "searched": None,
-        }
-        if smoothed.gain_db > 0:
-            ways.append(
-                _Way("everything, with factors", group, {path: replace(one, **changes) for path, one in given.items()}, True)
-            )
-    options = [SiteOptions(weights=job.grid.bits, activations="none") for job in group]
-    left = [site_job(step, model, job.site, one, job.table) for job, one in zip(group, options, strict=True)]
-    return [*ways, _Way("float", left, dict.fromkeys(paths), True)]
-
-
-def _outputs(model: nn.Module, context: Context, batches: Sequence[Batch]) -> Tensor:
-    """What the model gives at positions that count, one after the other, float64."""
-    found = []
-    with evaluating(model):
-        for batch in batches:
-            given = context.call(model, batch).double()
-            valid = counted(given, batch.get("attention_mask"))
-            found.append((given if valid is None else given[valid]).reshape(-1))
-    return torch.cat(found)

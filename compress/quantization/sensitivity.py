@@ -22,7 +22,7 @@ from compress.quantization.quantized_sites import plan_sites
 from compress.quantization.rounded_layers import site_layers
 from compress.rehearsal import stand_in
 from compress.surgery import Surgery, parent_of
-from compress.width.restart import Restart
+from compress.width.restart import Restart, parts
 
 if TYPE_CHECKING:
     from compress.layers.conversion import QuantizedLayer
@@ -155,7 +155,8 @@ def measure(
     """
     trial = stand_in(model)
     apart = replace(context, report={}, surgery=Surgery())
-    restart = Restart(trial, context.call, _parts(context, groups))
+    blocks = [block.path for block in context.anatomy.blocks]
+    restart = Restart(trial, context.call, parts(blocks, (path for group in groups for path in group.paths)))
     by_path = {path: group for group in groups for path in group.paths}
     settings = {path: [one for one in group.settings.values() if one.weights != FLOAT] for path, group in by_path.items()}
     known = {job.site.path for job in plan_sites(step, model, context.anatomy)[0]}
@@ -185,12 +186,11 @@ def losses_alone(
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> dict[str, Loss]:
     """What is lost at the outputs when one layer alone stands in the place of the module at its path, for each."""
-    paths = [block.path for block in context.anatomy.blocks]
-    restart = Restart(model, context.call, [*paths, *(path for path in layers if not any(_inside(path, one) for one in paths))])
+    restart = Restart(model, context.call, parts((block.path for block in context.anatomy.blocks), layers))
     reference = _remembered(restart, model, context, rows)
     found = {}
     for number, (path, layer) in enumerate(layers.items()):
-        start = next((part for part in restart.order if _inside(path, part)), "")
+        start = restart.start([path])
         with evaluating(model), grafting(model, {path: layer}):
             found[path] = reference.compared(restart.run(index, start).output for index in range(len(reference.batches)))
         progress(number + 1, len(layers), "sites measured")
@@ -205,7 +205,7 @@ def decibels(noise: float) -> float | None:
 def _losses(
     restart: Restart, reference: Reference, model: nn.Module, group: BitGroup, layers: Mapping[str, list[QuantizedLayer]]
 ) -> dict[str, Loss]:
-    start = next((path for path in restart.order if any(_inside(one, path) for one in group.paths)), "")
+    start = restart.start(group.paths)
     found = {}
     rounded = [name for name, options in group.settings.items() if options.weights != FLOAT]
     for number, name in enumerate(rounded):
@@ -215,17 +215,6 @@ def _losses(
     if FLOAT in group.settings:
         found[FLOAT] = Loss(0.0, None if not found else 0.0, None if not found else 1.0)
     return {name: found[name] for name in group.settings}
-
-
-def _inside(path: str, part: str) -> bool:
-    return path == part or path.startswith(f"{part}.")
-
-
-def _parts(context: Context, groups: Sequence[BitGroup]) -> list[str]:
-    """Blocks, and the sites outside them."""
-    blocks = [block.path for block in context.anatomy.blocks]
-    outside = [path for group in groups for path in group.paths if not any(_inside(path, block) for block in blocks)]
-    return [*blocks, *outside]
 
 
 def _remembered(restart: Restart, model: nn.Module, context: Context, rows: int) -> Reference:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils import _pytree
 from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch
 
-__all__ = ["Restart", "Run", "first_tensor"]
+__all__ = ["Restart", "Run", "first_tensor", "parts"]
 
 _SAME_DB = 100.0
 
@@ -62,6 +62,10 @@ class Restart:
         """Paths of the blocks in the order in which they run; without those that do not."""
         return sorted(self._records[0].started, key=self._records[0].started.__getitem__)
 
+    def start(self, paths: Collection[str]) -> str:
+        """The first block to run that is, or holds, one of the modules at these paths; "" where none does."""
+        return next((block for block in self.order if any(_inside(path, block) for path in paths)), "")
+
     def add(self, batch: Batch) -> None:
         """Runs one more batch and remembers it."""
         self._records.append(_recorded(self._model, self._call, self._paths, batch))
@@ -105,6 +109,16 @@ class Restart:
     def _before(self, record: _Record, path: str) -> dict[str, list[Any]]:
         start = record.started.get(path, 0)
         return {other: calls for other, calls in record.calls.items() if record.ended[other] < start}
+
+
+def parts(blocks: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The blocks, and those of the modules at ``paths`` that are in none of them."""
+    blocks = list(blocks)
+    return [*blocks, *(path for path in paths if not any(_inside(path, block) for block in blocks))]
+
+
+def _inside(path: str, part: str) -> bool:
+    return path == part or path.startswith(f"{part}.")
 
 
 def _keep(path: str, features: dict[str, Tensor]) -> Any:

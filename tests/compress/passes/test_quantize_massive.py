@@ -13,10 +13,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from trial import Trial, digits, rebuilt, tried
 
+from calibrate.capture import visiting
 from calibrate.errors import UserError
+from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch, Signature, TensorSpec
 from compress.layers import QuantLinear
 from compress.passes.quantize import Quantize
+from compress.quantization.massive_ways import FloatOutputs
 
 Subject = tuple[nn.Module, Signature, list[Batch]]
 MINMAX: dict[str, Any] = {"range": "minmax", "smooth": False}
@@ -114,7 +117,7 @@ def test_where_it_matters_the_input_stays_float() -> None:
 
 
 def test_good_enough_stays_an_integer_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    import compress.quantization.massive_inputs as module
+    import compress.quantization.massive_ways as module
 
     monkeypatch.setattr(module, "_ENOUGH_DB", 0.0)
     trial = at_up(register(heeded=True), **MINMAX)
@@ -173,3 +176,69 @@ def test_pairs_of_codes_give_way_by_the_other_positions() -> None:
     assert pairs.context.report["massive_activations"]["inputs"]["up"]["rounded"] == "the other positions"
     assert pairs.context.report["sites"]["up"]["overflowing_pairs"] > 0
     assert pairs.sqnr_db > free.sqnr_db - 6
+
+
+def test_factors_found_with_the_massive_position_do_not_drive_the_input_to_float() -> None:
+    trial = at_up(register(heeded=False), range="minmax")
+    found = trial.context.report["massive_activations"]["inputs"]["up"]
+    measured = found["output_sqnr_db"]
+    assert max(measured[name] for name in ("everything", "the other positions", "everything, with factors")) < 20
+    assert found["rounded"] == "the other positions, without factors"
+    assert trial.sqnr_db > 40
+    assert "smoothed" not in trial.context.report["sites"]["up"]["activation"]
+    assert measured["the other positions, with factors"] > measured["the other positions, without factors"] + 1
+    assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
+
+
+def test_factors_of_the_other_positions_are_taken_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.quantization.massive_ways as module
+
+    monkeypatch.setattr(module, "_ENOUGH_DB", 45.0)
+    model, signature, rows = register(heeded=False)
+    x = rows[0]["x"].clone()
+    x[:, 1:, 9] = 10 * torch.sign(x[:, 1:, 9])
+    trial = at_up((model, signature, [{"x": x}]), range="minmax")
+    assert trial.context.report["massive_activations"]["inputs"]["up"]["rounded"] == "the other positions, with factors"
+    assert trial.sqnr_db > 45
+    layer = trial.after.get_submodule("up")
+    assert isinstance(layer, QuantLinear)
+    assert layer.activation is not None
+    assert layer.activation.factor is not None
+    assert torch.equal(trial.outputs(rebuilt(trial)), trial.outputs(trial.after))
+
+
+def test_losses_are_those_of_whole_runs_and_what_is_before_a_layer_runs_once() -> None:
+    model, signature, rows = planted("gpt2")
+    step, path = Quantize(batch_size=2), "transformer.h.1.mlp.c_fc"
+    trial = tried(Quantize(sites=[path], activations="none"), model, signature, rows)
+    layer = trial.after.get_submodule(path)
+    counts = rows[0]["attention_mask"] != 0
+    given = [trial.outputs(one)[counts] for one in (trial.before, trial.after)]
+    outputs = FloatOutputs(step, model, trial.context, [path])
+    outputs.sqnr_db({})
+    runs: list[str] = []
+    handles = [
+        model.get_submodule(f"transformer.h.{n}.attn").register_forward_hook(lambda *_, n=n: runs.append(str(n))) for n in (0, 1)
+    ]
+    assert outputs.sqnr_db({path: layer}) == pytest.approx(sqnr_db(given[0], given[1]), abs=0.01)
+    for handle in handles:
+        handle.remove()
+    assert runs == ["1"] * len(runs) != []
+
+
+def test_a_large_model_is_compared_on_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.quantization.massive_ways as module
+
+    model, signature, rows = register(heeded=False)
+    trial = tried(Quantize(sites=["up"], activations="none"), model, signature, rows)
+    sizes: list[int] = []
+    row = 4 * (15 * 48 + 16 * 96)  # bytes of the output and of what the layer gives
+    for room, wanted in ((100 * row, [2, 2, 2, 2]), (3 * row, [2, 1]), (1, [1])):
+        monkeypatch.setattr(module, "_MOST_BYTES", room)
+        outputs = FloatOutputs(Quantize(batch_size=2), model, trial.context, ["up"])
+        outputs.sqnr_db({})
+        sizes.clear()
+        with visiting(model, ["down"], lambda path, module, x: sizes.append(len(x))):
+            outputs.sqnr_db({"up": trial.after.get_submodule("up")})
+        assert sizes[-len(wanted) :] == wanted
+        assert len(sizes) == len(wanted) + 1  # the question whether it can begin there
