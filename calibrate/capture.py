@@ -291,12 +291,15 @@ def visiting(model: nn.Module, paths: Iterable[str], visit: Callable[[str, nn.Mo
             handle.remove()
 
 
+_CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+
+
 def _channel_axis(module: nn.Module) -> int:
-    return 1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1
+    return 1 if isinstance(module, _CHANNELS_FIRST) else -1
 
 
 def channels_last(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module receives as [..., C], whether it is a convolution or not."""
+    """What a module receives as [..., C], whether its channels are the second dimension, as a convolution's, or the last."""
     return x.detach().movedim(_channel_axis(module), -1)
 
 

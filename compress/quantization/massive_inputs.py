@@ -31,19 +31,32 @@ if TYPE_CHECKING:
 
 __all__ = ["loud_streams", "protected"]
 
+_NAMED = 3
+"""Layers with float inputs that a warning names."""
+
 
 @contextmanager
 def loud_streams(step: Quantize, model: nn.Module, anatomy: Anatomy) -> Iterator[list[str]]:
-    """Norms, which read the residual stream, that receive a value large enough to be a massive activation meanwhile."""
+    """Norms, which read the residual stream, that receive a value large enough to be a massive activation meanwhile.
+
+    Those of images are left out where nothing says which dimension holds the channels.
+    """
     loud: list[str] = []
 
     def visit(path: str, module: nn.Module, x: Tensor) -> None:
-        if path not in loud and float(x.detach().abs().amax()) > LEAST:
+        if path not in loud and float(x.detach().abs().amax()) > LEAST and _channels_known(module, x):
             loud.append(path)
 
     norms = [site.path for site in anatomy.sites if site.kind == "norm"]
     with visiting(model, norms if _asked(step) else [], visit):
         yield loud
+
+
+def _channels_known(norm: nn.Module, x: Tensor) -> bool:
+    """Whether it is plain which dimension holds the channels: of images, the second or the last may."""
+    weight = getattr(norm, "weight", None)
+    x = channels_last(norm, x)
+    return x.dim() < 4 or (isinstance(weight, Tensor) and x.shape[1] != weight.numel() == x.shape[-1])
 
 
 def protected(
@@ -92,6 +105,11 @@ def protected(
             apart |= {job.site.path: inputs[job.site.path] for job in group}
         inputs = {path: seen for path, seen in (inputs | chosen.inputs).items() if seen is not None}
         jobs = [next((one for one in chosen.jobs if one.site.path == job.site.path), job) for job in jobs]
+    left = [path for one in told.values() if one["rounded"] == "float" for path in one["readers"]]
+    if left:
+        named = ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED} more" if len(left) > _NAMED else "")
+        layers = "1 layer keeps a float input" if len(left) == 1 else f"{len(left)} layers keep float inputs"
+        context.report.setdefault("warnings", []).append(f"{layers} because of massive activations: {named}")
     if told or streams:
         context.report["massive_activations"] = {"inputs": told, "residual_stream": streams}
     return jobs, inputs, apart

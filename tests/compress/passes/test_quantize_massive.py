@@ -114,6 +114,7 @@ def test_where_it_matters_the_input_stays_float() -> None:
     assert isinstance(layer, QuantLinear)
     assert layer.activation is None
     assert "activation" not in trial.context.report["sites"]["up"]
+    assert trial.context.report["warnings"] == ["1 layer keeps a float input because of massive activations: up"]
 
 
 def test_good_enough_stays_an_integer_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,3 +243,40 @@ def test_a_large_model_is_compared_on_fewer_rows(monkeypatch: pytest.MonkeyPatch
             outputs.sqnr_db({"up": trial.after.get_submodule("up")})
         assert sizes[-len(wanted) :] == wanted
         assert len(sizes) == len(wanted) + 1  # the question whether it can begin there
+
+
+class LastNorm(nn.LayerNorm):
+    """A layer norm over the channels of images [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Images(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm, self.conv, self.head = nn.Conv2d(3, 16, 3, padding=1), norm, nn.Conv2d(16, 16, 3), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.relu(self.conv(torch.relu(self.norm(self.stem(x)))))
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(16), nn.GroupNorm(4, 16), LastNorm(16)], ids=lambda norm: type(norm).__name__)
+@pytest.mark.parametrize("width", [12, 16])
+def test_norms_of_images_are_told_by_their_channels_or_not_at_all(norm: nn.Module, width: int) -> None:
+    torch.manual_seed(0)
+    model = Images(norm).eval()
+    with torch.no_grad():
+        model.stem.weight[:, 0] = 0
+        model.stem.weight[5, 0, 1, 1] = 1.0
+    x = 0.1 * torch.randn(4, 3, width, width)
+    x[:, 0, 2, 3] = 5000.0
+    signature = Signature((TensorSpec("x", torch.float32, ("batch", 3, width, width)),))
+    trial = tried(Quantize(sites=["conv", "head"], smooth=False), model, signature, [{"x": x}])
+    streams = trial.context.report.get("massive_activations", {}).get("residual_stream", {})
+    if isinstance(norm, nn.LayerNorm) or width == 16:
+        assert "norm" not in streams
+    else:
+        assert streams["norm"]["channels"] == [5]
+        assert streams["norm"]["positions"] == [2 * 12 + 3]
