@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compress.passes.contract import Context
     from compress.passes.quantize import Quantize
 
-__all__ = ["Assignment", "Bits", "as_options", "choose", "dealt", "forecast", "with_settings"]
+__all__ = ["Assignment", "Bits", "as_options", "choose", "dealt", "decided", "forecast"]
 
 _TRIALS = 8
 """Assignments that are tried for a loss, before the best of all."""
@@ -124,12 +124,13 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
     bits = Bits.of(step, model, context.anatomy, mixed.candidates)
     budget = bits.budget(mixed)
     found = measure(step, model, context, bits.groups, mixed.rows)
-    curve = bits.frontier(found.noises)
-    scored = curve if mixed.score == "sensitivity" else bits.frontier(dealt(found, context.seed))
+    curve, losses = bits.frontier(found.noises), found.noises
+    if mixed.score == "random":
+        losses = dealt(found, context.seed)
+    scored = curve if mixed.score == "sensitivity" else bits.frontier(losses)
     tried: list[dict[str, float | None]] = []
     latency: dict[str, Any] = {}
     if mixed.latency_ratio is not None:
-        losses = found.noises if mixed.score == "sensitivity" else dealt(found, context.seed)
         chosen, latency = _fast_enough(step, model, context, bits, found, losses)
     elif budget is not None:
         point = scored.within(budget - bits.fixed)
@@ -137,7 +138,7 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
         chosen = _rounding(_assigned(bits, found, scored, point), mixed)
     else:
         chosen = _good_enough(step, model, context, bits, found, scored, tried)
-    model = _fixed(step, bits, chosen).run(model, context)
+    model = decided(step, bits.groups, chosen.settings).run(model, context)
     context.report["mixed"] = {
         "budget": mixed.budgets,
         "score": mixed.score,
@@ -151,13 +152,11 @@ def choose(step: Quantize, model: nn.Module, context: Context) -> nn.Module:
     return model
 
 
-def _fixed(step: Quantize, bits: Bits, chosen: Assignment) -> Quantize:
-    """The pass as a recipe could have written it."""
-    return _settled(step, bits, chosen.settings)
-
-
-def _settled(step: Quantize, bits: Bits, settings: Mapping[str, str]) -> Quantize:
-    return step.model_copy(update={"mixed": None, "overrides": with_settings(step, bits.groups, settings)})
+def decided(step: Quantize, groups: Sequence[BitGroup], settings: Mapping[str, str]) -> Quantize:
+    """The pass with these settings, as a recipe could have written it: nothing is left to choose."""
+    chosen = {path: value for group in groups for path, value in group.override(settings[group.name]).items()}
+    overrides = {pattern: value for pattern, value in step.overrides.items() if pattern not in chosen} | chosen
+    return step.model_copy(update={"mixed": None, "max_drop": None, "overrides": overrides})
 
 
 def _assigned(bits: Bits, found: Sensitivity, curve: Frontier, point: int) -> Assignment:
@@ -194,7 +193,7 @@ def _good_enough(
         end = len(curve) - 1
         point = end if point is None or len(tried) == _TRIALS else min(max(point, last + 1), end)
         chosen = _rounding(_assigned(bits, found, curve, point), step.mixed)
-        trial = _fixed(step, bits, chosen).run(stand_in(model), replace(context, report={}, surgery=Surgery()))
+        trial = decided(step, bits.groups, chosen.settings).run(stand_in(model), replace(context, report={}, surgery=Surgery()))
         measured = decibels(found.reference.loss(trial).noise)
         tried.append({"bytes": chosen.size, "predicted_db": decibels(chosen.noise), "measured_db": measured})
         if measured is None or measured >= asked:
@@ -220,7 +219,7 @@ def _fast_enough(
     assert step.mixed is not None
     assert step.mixed.latency_ratio is not None
     done, told = in_time(
-        step, model, context, bits.groups, losses, step.mixed.latency_ratio, lambda one: _settled(step, bits, one)
+        step, model, context, bits.groups, losses, step.mixed.latency_ratio, lambda one: decided(step, bits.groups, one)
     )
     again = "bits are chosen by measured times, which vary between runs; the same ones come again with the overrides below"
     context.report.setdefault("warnings", []).extend([again, *done.cautions])
@@ -257,12 +256,6 @@ def as_options(groups: Sequence[BitGroup], settings: Mapping[str, str]) -> dict[
     return found
 
 
-def with_settings(step: Quantize, groups: Sequence[BitGroup], settings: Mapping[str, str]) -> dict[str, Choice | SiteOptions]:
-    """The overrides of ``step`` with a setting for each group after them."""
-    chosen = {path: value for group in groups for path, value in group.override(settings[group.name]).items()}
-    return {pattern: value for pattern, value in step.overrides.items() if pattern not in chosen} | chosen
-
-
 def forecast(step: Quantize, model: nn.Module, anatomy: Anatomy) -> Quantize:
     """``step`` with an assignment that meets a budget of size, or the smallest one, without data: for rehearsals.
 
@@ -284,8 +277,7 @@ def forecast(step: Quantize, model: nn.Module, anatomy: Anatomy) -> Quantize:
             continue
         takers = [group for group in bits.groups if name in group.settings]
         settings[min(takers, key=lambda group: group.numbers).name] = name
-    overrides = with_settings(step, bits.groups, settings)
-    return step.model_copy(update={"mixed": None, "max_drop": None, "overrides": overrides})
+    return decided(step, bits.groups, settings)
 
 
 def _guessed(group: BitGroup, name: str) -> float:

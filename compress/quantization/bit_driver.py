@@ -18,7 +18,7 @@ from calibrate.errors import UserError
 from calibrate.fidelity import Fidelity
 from calibrate.metrics import metric
 from calibrate.modes import evaluating
-from compress.quantization.bit_choice import Bits, as_options, dealt, with_settings
+from compress.quantization.bit_choice import Bits, as_options, dealt, decided
 from compress.quantization.bit_groups import FLOAT
 from compress.quantization.sensitivity import Sensitivity, measure
 from compress.quantization.site_options import Choice, SiteOptions
@@ -154,7 +154,7 @@ def _ladder(step: Quantize, model: nn.Module, context: Context) -> tuple[Bits, S
 def _fixed(step: Quantize, bits: Bits, settings: Settings) -> Quantize:
     """The pass as a recipe could have written it: with ``mixed`` every site is named, else only what was undone."""
     named = bits.groups if step.mixed else [group for group in bits.groups if settings[group.name] == FLOAT]
-    return step.model_copy(update={"mixed": None, "max_drop": None, "overrides": with_settings(step, named, settings)})
+    return decided(step, named, settings)
 
 
 def _told(

@@ -24,7 +24,7 @@ from compress.layers.fitting import Seen, column_energy
 from compress.quantization.float8 import is_float8, range_of, smooths
 from compress.quantization.folding import folds
 from compress.quantization.output_gradients import table_moment
-from compress.quantization.quantized_sites import Job, input_grid
+from compress.quantization.quantized_sites import Job, by_tensor, input_grid
 from compress.quantization.reparameterized_inputs import reparameterized
 from compress.tied import Ties
 
@@ -63,13 +63,11 @@ def calibrated(step: Quantize, model: nn.Module, context: Context, jobs: list[Jo
 
 def smoothed_inputs(step: Quantize, model: nn.Module, context: Context, jobs: list[Job], captured: Captured) -> dict[str, Seen]:
     """What was seen at each site whose input is rounded; factors that can be are folded into the model."""
-    by_path = {job.site.path: job for job in jobs if job.rounds_input}
-    inputs = {path: Seen.of(captured, path) for path in by_path}
+    rounded = [job for job in jobs if job.rounds_input]
+    inputs = {job.site.path: Seen.of(captured, job.site.path) for job in rounded}
     if not smooths(step):
         return inputs
-    groups: dict[str, list[Job]] = {}
-    for path, seen in inputs.items():
-        groups.setdefault(seen.leader or path, []).append(by_path[path])
+    groups = by_tensor(rounded, inputs)
     if step.smooth == "repq":
         inputs |= reparameterized(step, model, context, groups, inputs)
         groups = {leader: group for leader, group in groups.items() if inputs[leader].moved is None}

@@ -18,7 +18,7 @@ from compress.depth.output_scores import first_rows
 from compress.layers.conversion import weight_of
 from compress.layers.fitting import Searched, Seen
 from compress.quantization.output_gradients import Felt, felt
-from compress.quantization.quantized_sites import Job, input_grid
+from compress.quantization.quantized_sites import Job, by_tensor, input_grid
 
 if TYPE_CHECKING:
     from compress.passes.contract import Context
@@ -48,13 +48,10 @@ def searched_ranges(
         block = list(stage)
         context.progress(done, len(mine), f"ranges by gradients: {block[0].site.path}")
         heard = felt(model, context.call, rows, [job.site.path for job in block], positions=POSITIONS, seed=context.seed)
-        groups: dict[str, list[Job]] = {}
         for job in block:
-            if job.site.path in heard:
-                groups.setdefault(inputs[job.site.path].leader or job.site.path, []).append(job)
-            else:
+            if job.site.path not in heard:
                 kept[job.site.path] = f"minmax: it does not run in the first {step.range_rows} calibration rows"
-        for group in groups.values():
+        for group in by_tensor((job for job in block if job.site.path in heard), inputs).values():
             searches = {symmetric: _search(step, model, group, inputs, heard, symmetric) for symmetric in schemes(step)}
             found |= settled(group, inputs, searches)
         done += len(block)

@@ -22,7 +22,7 @@ from compress.depth.output_scores import first_rows
 from compress.layers.fitting import Seen, finite
 from compress.quantization.hessian_ranges import POSITIONS, best_of, decibels, readers, schemes, settled
 from compress.quantization.output_gradients import Felt, felt, felt_again
-from compress.quantization.quantized_sites import Job, input_grid
+from compress.quantization.quantized_sites import Job, by_tensor, input_grid
 
 if TYPE_CHECKING:
     from compress.passes.contract import Context
@@ -83,10 +83,7 @@ def joint_ranges(
 def _groups(bridge: Bridge, jobs: Sequence[Job], inputs: Mapping[str, Seen]) -> list[list[Job]]:
     """The layers of a bridge with searched ranges, and all that read a tensor with one of them: by tensor, in order."""
     searched = [job for job in jobs if job.rounds_input and job.site.path in inputs and inputs[job.site.path].searched]
-    groups: dict[str, list[Job]] = {}
-    for job in searched:
-        groups.setdefault(inputs[job.site.path].leader or job.site.path, []).append(job)
-    return [group for group in groups.values() if {job.site.path for job in group} & set(bridge.paths)]
+    return [group for group in by_tensor(searched, inputs).values() if {job.site.path for job in group} & set(bridge.paths)]
 
 
 @dataclass(frozen=True)

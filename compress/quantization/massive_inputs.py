@@ -23,7 +23,7 @@ from compress.anatomy import Anatomy
 from compress.layers.fitting import Seen, column_energy, finite
 from compress.quantization.float8 import is_float8
 from compress.quantization.massive_ways import FloatOutputs, Made, MassiveTensor, best_way
-from compress.quantization.quantized_sites import Job
+from compress.quantization.quantized_sites import Job, by_tensor
 
 if TYPE_CHECKING:
     from compress.passes.contract import Context
@@ -79,10 +79,7 @@ def protected(
     """
     if not _asked(step):
         return jobs, inputs, {}
-    groups: dict[str, list[Job]] = {}
-    for job in jobs:
-        if job.rounds_input and job.site.path in inputs:
-            groups.setdefault(inputs[job.site.path].leader or job.site.path, []).append(job)
+    groups = by_tensor((job for job in jobs if job.rounds_input and job.site.path in inputs), inputs)
     wanted = {leader for leader in groups if float(inputs[leader].channels.absmax.max()) > LEAST}
     if not wanted and not loud:
         return jobs, inputs, {}

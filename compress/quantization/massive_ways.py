@@ -27,7 +27,7 @@ from compress.layers.conversion import weight_of
 from compress.layers.fitting import Seen
 from compress.quantization.quantized_sites import Job, input_grid, site_job
 from compress.quantization.site_options import SiteOptions
-from compress.width.restart import Restart, parts
+from compress.width.restart import MOST_BYTES, Restart, parts
 
 if TYPE_CHECKING:
     from compress.layers.conversion import QuantizedLayer
@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["FloatOutputs", "Made", "MassiveTensor", "Way", "best_way"]
 
 _ROWS = 64
-"""Calibration rows on which the ways to round an input are compared, at most."""
-_MOST_BYTES = 256_000_000
-"""Most that is remembered of what the model and its blocks gave for them; a large model is compared on fewer rows."""
+"""Calibration rows on which the ways to round an input are compared, at most: fewer of a large model (``MOST_BYTES``)."""
 _ENOUGH_DB, _WORTH_DB = 35.0, 3.0
 """What of the model's outputs is good enough with one input rounded, and what a costlier way has to gain below that."""
 
@@ -92,7 +90,7 @@ class FloatOutputs:
                 restart.begin(row)
             run = restart.reference(0)
             bytes_of_a_row = run.output.nbytes + sum(tensor.nbytes for tensor in run.features.values())
-            rows = max(1, min(_ROWS, _MOST_BYTES // bytes_of_a_row))
+            rows = max(1, min(_ROWS, MOST_BYTES // bytes_of_a_row))
             first, *others = split(first_rows(self._context.calibration(), rows), self._size)
             restart.begin(first)
             for piece in others:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ from compress.quantization.nncf_options import beyond_nncf
 from compress.quantization.site_options import SiteOptions, label, options_of, overridden
 
 if TYPE_CHECKING:
+    from compress.layers.fitting import Seen
     from compress.passes.quantize import Quantize
 
-__all__ = ["Job", "action", "input_grid", "plan_sites", "site_job", "site_layer"]
+__all__ = ["Job", "action", "by_tensor", "input_grid", "plan_sites", "site_job", "site_layer"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class Job:
     grid: Grid
     rounds_input: bool
     table: Site | None = None
+
+
+def by_tensor(jobs: Iterable[Job], inputs: Mapping[str, Seen]) -> dict[str, list[Job]]:
+    """Jobs with what was seen of their inputs, those together that read one tensor, by the path of its first reader."""
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(inputs[job.site.path].leader or job.site.path, []).append(job)
+    return groups
 
 
 def plan_sites(step: Quantize, model: nn.Module, anatomy: Anatomy) -> tuple[list[Job], dict[str, str]]:

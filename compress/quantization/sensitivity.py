@@ -22,7 +22,7 @@ from compress.quantization.quantized_sites import plan_sites
 from compress.quantization.rounded_layers import site_layers
 from compress.rehearsal import stand_in
 from compress.surgery import Surgery, parent_of
-from compress.width.restart import Restart, parts
+from compress.width.restart import MOST_BYTES, Restart, parts
 
 if TYPE_CHECKING:
     from compress.layers.conversion import QuantizedLayer
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Loss", "Reference", "Sensitivity", "decibels", "losses_alone", "measure"]
 
-_MOST_BYTES = 256_000_000
-"""Most that is remembered of what the parts of a model gave; with large models fewer rows are measured, but always a batch."""
 _LOST = 1e12
 """The noise of outputs that are not finite."""
 
@@ -223,7 +221,7 @@ def _remembered(restart: Restart, model: nn.Module, context: Context, rows: int)
     held = 0
     with evaluating(model):
         for number, batch in enumerate(batches):
-            if number and held * (number + 1) / number > _MOST_BYTES:
+            if number and held * (number + 1) / number > MOST_BYTES:  # fewer rows of a large model, but always a batch
                 batches = batches[:number]
                 break
             restart.add(batch)

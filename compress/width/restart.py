@@ -15,9 +15,11 @@ from torch.utils import _pytree
 from calibrate.fidelity import sqnr_db
 from calibrate.signature import Batch
 
-__all__ = ["Restart", "Run", "first_tensor", "parts"]
+__all__ = ["MOST_BYTES", "Restart", "Run", "first_tensor", "parts"]
 
 _SAME_DB = 100.0
+MOST_BYTES = 256_000_000
+"""Most that who runs a model again should remember of what it and its blocks gave."""
 
 
 @dataclass

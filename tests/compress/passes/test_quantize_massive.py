@@ -235,7 +235,7 @@ def test_a_large_model_is_compared_on_fewer_rows(monkeypatch: pytest.MonkeyPatch
     sizes: list[int] = []
     row = 4 * (15 * 48 + 16 * 96)  # bytes of the output and of what the layer gives
     for room, wanted in ((100 * row, [2, 2, 2, 2]), (3 * row, [2, 1]), (1, [1])):
-        monkeypatch.setattr(module, "_MOST_BYTES", room)
+        monkeypatch.setattr(module, "MOST_BYTES", room)
         outputs = FloatOutputs(Quantize(batch_size=2), model, trial.context, ["up"])
         outputs.sqnr_db({})
         sizes.clear()
