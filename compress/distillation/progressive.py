@@ -1,8 +1,9 @@
-"""A whole model trained, without labels, while a part of it is slowly exchanged: what it gave at its blocks and as its output is
-what it should give again.
+"""A model trained, without labels, while a part of it is slowly exchanged: what it gave at its blocks and as its output is what
+it should give again.
 
 The exchange has a share that falls from 1 to 0 with the steps (``Exchange.set``); a state is judged, on held-out rows, once the
-share is 0. Training that is interrupted goes on from the state that was written last.
+share is 0. Training that is interrupted goes on from the state that was written last. Only as much of the model runs, and
+learns, as a lesson listens to.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from torch import Tensor, nn
 
 from calibrate.signature import Batch
 from compress.distillation.listening import count, hear, still
-from compress.distillation.training import Lesson
+from compress.distillation.training import OUTPUT, LiveLesson
 
-__all__ = ["Exchange", "Road", "Travelled", "travel"]
+__all__ = ["Exchange", "Road", "Travelled", "forget", "travel", "varied"]
 
 Call = Callable[[nn.Module, Batch], Tensor]
 Progress = Callable[[int, int, str], None]
+
+_SHIFT = 8
+"""Images are shifted by up to one part in so many of their width and height."""
+_STATE, _UNFINISHED = "training.safetensors", "training.part"
 
 
 class Exchange(Protocol):
@@ -52,6 +57,7 @@ class Road:
         checks: times that the held-out rows are asked after the share is 0.
         clip: the largest norm of the gradient of all parameters.
         keep: steps after which the state is written.
+        varied: images are mirrored and shifted at random in training (``varied``), and what they should give is asked anew.
     """
 
     steps: int
@@ -62,6 +68,7 @@ class Road:
     clip: float = 1.0
     keep: int = 100
     seed: int = 0
+    varied: bool = False
 
 
 @dataclass
@@ -93,7 +100,7 @@ class Travelled:
 def travel(
     model: nn.Module,
     call: Call,
-    lesson: Lesson,
+    lesson: LiveLesson,
     exchange: Exchange,
     road: Road,
     progress: Progress,
@@ -103,7 +110,7 @@ def travel(
 
     Args:
         model: its parameters are its own (``owned``).
-        folder: where the state is written; None: nowhere.
+        folder: where the state is written, which goes on to be there (``forget``); None: nowhere.
     """
     with still(model, gradients=True):
         wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -117,12 +124,41 @@ def travel(
                 parameter.requires_grad_(grad)
 
 
+def forget(folder: Path | None) -> None:
+    """Removes the state that ``travel`` wrote to a folder, and nothing else, and the folder if it is empty then."""
+    if folder is None:
+        return
+    for name in (_STATE, _UNFINISHED):
+        (folder / name).unlink(missing_ok=True)
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def varied(batch: Batch, generator: torch.Generator) -> Batch:
+    """The images of a batch [B, C, H, W] mirrored, every other one, and shifted at random, what is missing reflected; everything
+    else as it is. What a model should give for them is no question of labels: they are other images."""
+    found = {}
+    for name, x in batch.items():
+        if x.dim() != 4 or not x.is_floating_point():
+            found[name] = x
+            continue
+        height, width = x.shape[-2] // _SHIFT, x.shape[-1] // _SHIFT
+        mirrored = torch.rand(len(x), generator=generator) < 0.5
+        x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+        padded = nn.functional.pad(x, (width, width, height, height), mode="reflect")
+        tops = torch.randint(0, 2 * height + 1, (len(x),), generator=generator).tolist()
+        lefts = torch.randint(0, 2 * width + 1, (len(x),), generator=generator).tolist()
+        places = zip(padded, tops, lefts, strict=True)
+        found[name] = torch.stack([one[:, top : top + x.shape[-2], left : left + x.shape[-1]] for one, top, left in places])
+    return found
+
+
 class _Travel:
     def __init__(
         self,
         model: nn.Module,
         call: Call,
-        lesson: Lesson,
+        lesson: LiveLesson,
         exchange: Exchange,
         road: Road,
         progress: Progress,
@@ -133,8 +169,7 @@ class _Travel:
         self.parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=road.rate, betas=(0.9, 0.98))
         self.best: dict[str, Tensor] = {}
-        learnt = sum(one.numel() for one in self.parameters.values())
-        self.told = Travelled(0.0, 0.0, 0, road.steps, count(lesson.fit), count(lesson.held), learnt)
+        self.told = Travelled(0.0, 0.0, 0, road.steps, count(lesson.fit), count(lesson.held), 0)
 
     def run(self) -> Travelled:
         road, told = self.road, self.told
@@ -159,12 +194,11 @@ class _Travel:
                 if step <= settled:
                     self._settle()
                 self._compare(step)
-            if step % road.keep == 0 and step < road.steps:
+            if step % road.keep == 0 or step == road.steps:
                 self._keep(step)
         self._put(self.best)
-        if self.folder is not None and self.folder.exists():
-            for path in self.folder.iterdir():
-                path.unlink()
+        learnt = [one for one in self.parameters.values() if one in self.optimizer.state]
+        told.parameters = sum(one.numel() for one in learnt)
         return told
 
     def _order(self) -> Iterator[int]:
@@ -181,7 +215,7 @@ class _Travel:
         fall = (1 + math.cos(math.pi * (step - 1) / self.road.steps)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = self.road.rate * min(1.0, step / warm) * fall
-        loss = self._loss(self.lesson.fit[number], self.lesson.wanted[0][number])
+        loss = self._loss(*self._asked(step, number))
         self.optimizer.zero_grad(set_to_none=True)
         if not loss.isfinite():
             return False
@@ -192,10 +226,22 @@ class _Travel:
         self.optimizer.step()
         return True
 
+    def _asked(self, step: int, number: int) -> tuple[Batch, Any]:
+        """A batch to learn from, and what it should give."""
+        batch = self.lesson.fit[number]
+        if self.road.varied:
+            generator = torch.Generator().manual_seed(self.road.seed * 1_000_003 + step)
+            batch = varied(batch, generator)
+            return batch, self.lesson.ask(batch)
+        return batch, self.lesson.wanted[0][number]
+
     def _loss(self, batch: Batch, wanted: Any) -> Tensor:
+        """The mean over the places inside that are heard, and what the output differs by."""
         heard = hear(self.model, self.call, batch, self.lesson.paths, bool(self.lesson.output))
         found = self.lesson.losses(heard, wanted, batch)
-        return sum((loss / max(positions, 1) for loss, _, positions in found.values()), torch.zeros(()))
+        means = {key: loss / max(positions, 1) for key, (loss, _, positions) in found.items()}
+        output = means.pop(OUTPUT, torch.zeros(()))
+        return output + sum(means.values(), torch.zeros(())) / max(len(means), 1)
 
     @torch.no_grad()
     def _judged(self) -> float:
@@ -240,15 +286,15 @@ class _Travel:
         now = {f"now {name}": one.detach().clone() for name, one in self._tensors().items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = {"step": step, "told": self.told.json(), "road": asdict(self.road)}
-        unfinished = self.folder / "training.part"
+        unfinished = self.folder / _UNFINISHED
         tensors = {key: one.contiguous() for key, one in {**now, **best, **moments}.items()}
         save_file(tensors, unfinished, {"facts": json.dumps(facts)})
-        os.replace(unfinished, self.folder / "training.safetensors")
+        os.replace(unfinished, self.folder / _STATE)
 
     @torch.no_grad()
     def _resumed(self) -> int:
         """The step up to which a state was written, which is then put back; 0: none was."""
-        path = None if self.folder is None else self.folder / "training.safetensors"
+        path = None if self.folder is None else self.folder / _STATE
         if path is None or not path.exists():
             return 0
         from safetensors import SafetensorError, safe_open

@@ -199,11 +199,12 @@ class LiveLesson(Lesson):
         super().__init__(original, call, ([], batches[1]), paths, output, max(map(_rows_of, batches[1]), default=1))
         self.fit = list(batches[0])
         self._original, self._call = original, call
-        self.wanted = (_Asked(self._ask, len(self.fit)), self.wanted[1])
+        self.wanted = (_Asked(lambda number: self.ask(self.fit[number]), len(self.fit)), self.wanted[1])
 
-    def _ask(self, number: int) -> dict[str, Packed]:
+    def ask(self, batch: Batch) -> dict[str, Packed]:
+        """What the original gives for a batch."""
         with still(self._original):
-            heard = hear(self._original, self._call, self.fit[number], self.paths, bool(self.output))
+            heard = hear(self._original, self._call, batch, self.paths, bool(self.output))
         return {key: Packed(value.float()) for key, value in heard.items()}
 
 

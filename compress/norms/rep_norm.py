@@ -26,7 +26,8 @@ class RepNorm(nn.Module):
 
     Attributes:
         share: of the norm; set from outside.
-        learning: statistics of the batch, as in training; otherwise the running ones, and the norm has no share, as in a file.
+        learning: as in training; otherwise the norm has no share and statistics are the running ones, as in a file.
+        fixed: statistics are the running ones in training too, so that RepBN is an affine function from the beginning.
     """
 
     mean: Tensor
@@ -34,9 +35,9 @@ class RepNorm(nn.Module):
     share: float
     learning: bool
 
-    def __init__(self, norm: nn.Module, channels: int) -> None:
+    def __init__(self, norm: nn.Module, channels: int, fixed: bool = False) -> None:
         super().__init__()
-        self.norm, self.channels = norm, channels
+        self.norm, self.channels, self.fixed = norm, channels, fixed
         self.gamma = nn.Parameter(torch.ones(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
         self.alpha = nn.Parameter(torch.zeros(()))
@@ -46,10 +47,23 @@ class RepNorm(nn.Module):
         self._sums: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.channels)
-        if not self.learning:
+        share = self.share if self.learning else 0.0
+        if share == 1:
+            given: Tensor = self.norm(x)
+            return given
+        if self.fixed or not self.learning:
             factor, constant = self.affine()
-            return x * factor + constant
+            batch = x * factor + constant
+        else:
+            batch = self._batch(x)
+        if not share:
+            return batch
+        normed: Tensor = self.norm(x)
+        return share * normed + (1 - share) * batch
+
+    def _batch(self, x: Tensor) -> Tensor:
+        """RepBN with the statistics of this batch, which are noted."""
+        flat = x.reshape(-1, self.channels)
         mean, variance = flat.mean(0), flat.var(0, unbiased=False)
         with torch.no_grad():
             if self._sums is not None:
@@ -59,11 +73,7 @@ class RepNorm(nn.Module):
             else:
                 self.mean.lerp_(mean, _MOMENTUM)
                 self.variance.lerp_(variance, _MOMENTUM)
-        batch = (x - mean) * (variance + _EPS).rsqrt() * self.gamma + self.beta + self.alpha * x
-        if not self.share:
-            return batch
-        normed: Tensor = self.norm(x)
-        return self.share * normed + (1 - self.share) * batch
+        return (x - mean) * (variance + _EPS).rsqrt() * self.gamma + self.beta + self.alpha * x
 
     @torch.no_grad()
     def fit(self, seen: Moments) -> None:

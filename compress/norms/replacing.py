@@ -75,10 +75,17 @@ def _obstacle(module: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> str:
 
 @dataclass
 class NormExchange:
-    """Norms that are being exchanged for ``RepNorm``; ``parts``: by path, ``others``: what is exchanged in step with them."""
+    """Norms that are being exchanged for ``RepNorm``.
+
+    Attributes:
+        parts: by path.
+        others: what is exchanged in step with them.
+        done: paths of norms whose share stays 0.
+    """
 
     parts: Mapping[str, RepNorm]
     others: Sequence[Other] = ()
+    done: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -88,6 +95,7 @@ class NormExchange:
         batches: Sequence[Batch],
         call: Callable[[Batch], Any],
         others: Sequence[Other] = (),
+        fixed: bool = False,
     ) -> NormExchange:
         """Puts a ``RepNorm`` around each norm, fitted to what it gives on these rows; ``paths`` with their channels."""
         moments = {path: Moments(channels) for path, channels in paths.items()}
@@ -106,25 +114,26 @@ class NormExchange:
         parts = {}
         for path, channels in paths.items():
             parent, name = parent_of(model, path)
-            parts[path] = RepNorm(model.get_submodule(path), channels)
+            parts[path] = RepNorm(model.get_submodule(path), channels, fixed)
             parts[path].fit(moments[path])
             parts[path].train(parent.training)
             setattr(parent, name, parts[path])
         return cls(parts, others)
 
     def set(self, share: float, learning: bool) -> None:
-        for part in self.parts.values():
-            part.share, part.learning = share, learning
+        for path, part in self.parts.items():
+            part.share, part.learning = 0.0 if path in self.done else share, learning
         for other in self.others:
             other.share, other.learning = share, learning
 
     def settle(self, batches: list[Batch], call: Callable[[Batch], Any]) -> None:
+        learning = [part for part in self.parts.values() if not part.fixed]
         self.set(0.0, True)
-        for part in self.parts.values():
+        for part in learning:
             part.collect()
-        for batch in batches[:_SETTLING]:
+        for batch in batches[:_SETTLING] if learning else ():
             call(batch)
-        for part in self.parts.values():
+        for part in learning:
             part.settle()
         self.set(0.0, False)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from calibrate.capture import split
 from calibrate.errors import UserError
+from calibrate.signature import Batch
 from compress.anatomy import Anatomy
 from compress.depth.repair import parted
-from compress.distillation.progressive import Road, Travelled, travel
+from compress.distillation.progressive import Road, Travelled, forget, travel
 from compress.distillation.training import LiveLesson
 from compress.hashing.attentions import Hashable, find_attentions
 from compress.layers import ChannelAffine, FadedActivation, LinearAttention, is_quantized
+from compress.norms.first_blocks import first_blocks
 from compress.norms.joining import Joinable, join, joinable
 from compress.norms.merging import candidates, merge
 from compress.norms.replacing import NormExchange, Other, obstacles, own_parameters
@@ -26,6 +29,9 @@ from compress.surgery import Surgery
 
 __all__ = ["ReplaceNorms"]
 
+_FIRST = 4.0
+"""Times the rate of the model is that of its first blocks alone."""
+
 
 class ReplaceNorms(Pass):
     """Train the layer norms (or RMS norms) of a model away: what is left of each is one factor and one constant a channel, which
@@ -34,9 +40,12 @@ class ReplaceNorms(Pass):
     The progressive re-parameterised batch normalisation of SLAB (Guo et al. 2024, arXiv 2405.11582, sec. 3.1): a norm's share
     falls from 1 to 0 over the first part of the training, that of RepBN(x) = BN(x) + alpha x rises. The training is a
     distillation without labels: the model should give again, at each block and as its output, what it gave with its norms, on
-    calibration rows. The more rows there are the better (thousands); the last fourth, 64 at most, is held out and says which
-    state is kept. An interrupted run goes on from the last hundred steps. RepBN begins as near to its norm as it can be, and in
-    the last tenth of the steps its statistics stand still, as they will in a file.
+    calibration rows. The more rows there are the better (thousands); a fourth, 64 at most, is held out and says which state is
+    kept. An interrupted run goes on from the last hundred steps. RepBN begins as near to its norm as it can be.
+
+    Where nine tenths of the error arise in the first blocks, as behind a patch embedding, those learn alone first
+    (``first_steps``), to give again what they gave: such a step costs a fraction of one of the whole model, and leaves less to
+    it.
 
     Factors go into a norm's readers where those are linear layers and nothing else reads it: that is tried, not looked up. In
     models that add what a norm gives (BERT) one product and one sum stay, which are no normalisation. Norms over other axes, or
@@ -61,6 +70,13 @@ class ReplaceNorms(Pass):
     rows: PositiveInt = Field(32, description="Calibration rows in one step.")
     rate: PositiveFloat = Field(5e-4, description="The largest learning rate, of Adam.")
     decay: float = Field(0.7, ge=0, le=0.9, description="Share of the steps over which the norms fade.")
+    first_steps: NonNegativeInt | None = Field(
+        None, description="Steps in which the first blocks alone learn, where the error arises there. Default: twice the steps."
+    )
+    statistics: Literal["fixed", "batch"] = Field(
+        "fixed", description="Of RepBN in training: those of the calibration rows, or of each batch, as in the paper."
+    )
+    varied: bool = Field(False, description="Images are mirrored and shifted at random in training; for photographs.")
 
     attention: Literal["softmax", "linear"] = Field(
         "softmax",
@@ -108,22 +124,25 @@ class ReplaceNorms(Pass):
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         found, skipped = self._found(model, context.anatomy)
         attentions, soft = self._attentions(model, context.anatomy)
-        batches = list(context.calibration())
-        fit, held = ([*split(part, self.rows)] for part in parted(batches))
+        fit, held = ([*split(part, self.rows)] for part in parted(context.calibration()))
         teacher = stand_in(model)
         own_parameters(model)
         logits = bool(context.anatomy.roles.get("head")) and context.signature.output in ("tensor", "logits")
         blocks = [block.path for block in context.anatomy.blocks]
-        lesson = LiveLesson(teacher, context.call, (fit, held), blocks, "logits" if logits else "features")
         linear = {path: _linear(one, context.anatomy) for path, one in attentions.items()}
         mlps = self._fading(model, context.anatomy)
         faded = {path: FadedActivation() for path in mlps}
         others: list[Other] = [*linear.values(), *faded.values()]
-        exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch), others)
+        fixed = self.statistics == "fixed"
+        exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch), others, fixed)
         for path, layer in zip([*linear, *faded], others, strict=True):
             context.surgery.attach(model, path, layer)
-        road = Road(self.steps, self.rate, self.decay, seed=context.seed)
+        first = self._first(model, teacher, (fit, held), exchange, [*zip([*linear, *faded], others, strict=True)], context)
+        lesson = LiveLesson(teacher, context.call, (fit, held), blocks, "logits" if logits else "features")
+        road = Road(self.steps, self.rate, self.decay, seed=context.seed, varied=self.varied)
         taught = travel(model, context.call, lesson, exchange, road, context.progress, context.scratch)
+        for folder in (context.scratch, _first_folder(context)):
+            forget(folder)
         affine = {}
         with torch.no_grad():
             for path, part in exchange.parts.items():
@@ -135,10 +154,35 @@ class ReplaceNorms(Pass):
             "attentions": list(linear),
             "joined": list(mlps),
             "skipped": skipped | soft,
+            "first_blocks": first,
             "training": taught.json(),
             "warnings": _warnings(taught),
         }
         return model
+
+    def _first(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        rows: tuple[list[Batch], list[Batch]],
+        exchange: NormExchange,
+        others: list[tuple[str, Other]],
+        context: Context,
+    ) -> dict[str, Any]:
+        """The first blocks learn alone; what there is to report."""
+        steps = 2 * self.steps if self.first_steps is None else self.first_steps
+        blocks = [block.path for block in context.anatomy.blocks]
+        if not (steps and blocks and rows[1]):
+            return {}
+        first = first_blocks(model, context.call, rows[1][0], blocks, exchange, others)
+        told: dict[str, Any] = {"errors": dict(first.errors), "paths": list(first.paths)}
+        if not first.paths:
+            return told
+        lesson = LiveLesson(teacher, context.call, rows, first.paths)
+        road = Road(steps, _FIRST * self.rate, 0.0, seed=context.seed, varied=self.varied)
+        taught = travel(model, context.call, lesson, exchange, road, context.progress, _first_folder(context))
+        exchange.done = first.norms
+        return told | {"training": taught.json()}
 
     def _left(
         self,
@@ -214,6 +258,10 @@ class ReplaceNorms(Pass):
             why = next((f"{path}: {reason}." for path, reason in reasons.items()), "See what it has with: compress inspect.")
             raise UserError(self.name, "no norm can be replaced", why)
         return found, reasons
+
+
+def _first_folder(context: Context) -> Path | None:
+    return None if context.scratch is None else context.scratch.with_name(f"{context.scratch.name}-first-blocks")
 
 
 def _linear(one: Hashable, anatomy: Anatomy) -> LinearAttention:

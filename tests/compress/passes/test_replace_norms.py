@@ -13,10 +13,12 @@ from trial import DIGITS, digits, rebuilt, tried
 
 from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
+from calibrate.signature import Batch
 from compress.anatomy import find
-from compress.distillation.progressive import Road, travel
+from compress.distillation.progressive import Road, forget, travel, varied
 from compress.distillation.training import LiveLesson
 from compress.layers import ChannelAffine, FadedActivation, LinearAttention
+from compress.norms.first_blocks import first_blocks
 from compress.norms.joining import join, joinable
 from compress.norms.rep_norm import Moments, RepNorm
 from compress.norms.replacing import NormExchange, own_parameters
@@ -79,6 +81,15 @@ def test_gamma_the_deviation_and_beta_the_mean_are_the_identity() -> None:
         made.beta.copy_(made.mean)
         made.alpha.zero_()
     assert sqnr_db(x, made(x)) > 110
+
+
+def test_with_fixed_statistics_training_sees_what_files_hold() -> None:
+    made, x = rep_norm()
+    made.share, given = 0.0, made(x)
+    made.learning = made.fixed = True
+    assert torch.equal(given, made(x))
+    made.fixed = False
+    assert sqnr_db(given, made(x)) < 30, "the statistics of a batch are others"
 
 
 def test_it_begins_as_the_affine_function_nearest_to_the_norm() -> None:
@@ -258,11 +269,88 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_bits(tmp_path: P
             lesson, exchange = lesson_of(model)
         told = travel(model, DIGITS.call, lesson, exchange, road, lambda step, total, what: None, folder)
         assert told.resumed_at == (0 if cut is None else 4 * (cut // 4))
-        assert not folder.exists() or not list(folder.iterdir())
         found.append((told.loss, model.state_dict()))
+    folder = tmp_path / "cut at 7"
+    model = digits()[0]
+    lesson, exchange = lesson_of(model)
+    again = travel(model, DIGITS.call, lesson, exchange, road, lambda step, total, what: None, folder)
+    assert again.resumed_at == 12, "what is finished is not done again"
+    found.append((again.loss, model.state_dict()))
     for loss, state in found[1:]:
         assert loss == found[0][0]
         assert all(torch.equal(state[name], one) for name, one in found[0][1].items())
+
+
+def test_nothing_is_removed_from_a_folder_but_the_states_of_trainings(tmp_path: Path) -> None:
+    state, other = tmp_path / "training.safetensors", tmp_path / "mine" / "notes.txt"
+    other.parent.mkdir()
+    for path in (state, other):
+        path.write_text("there")
+    forget(tmp_path)
+    assert not state.exists()
+    assert other.read_text() == "there"
+    forget(other.parent)
+    other.unlink()
+    forget(other.parent)
+    assert not other.parent.exists(), "what is empty is not needed"
+
+
+def planted() -> tuple[nn.Module, list[Batch]]:
+    """Images of many contrasts behind an embedding of little else, and a first block that drowns what it got: its norms change
+    from image to image, those after it hardly do."""
+    model, _, rows = digits()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in ("patch_embed.bias", "pos_embed", "cls_token"):
+                parameter.mul_(0.1)
+            if name in ("blocks.0.attn.proj.weight", "blocks.0.mlp.fc2.weight"):
+                parameter.mul_(10)
+    generator = torch.Generator().manual_seed(5)
+    return model, [
+        {"pixels": batch["pixels"] * 4 * torch.rand(len(batch["pixels"]), 1, 1, 1, generator=generator)} for batch in rows
+    ]
+
+
+def test_the_first_blocks_are_those_where_the_error_arises() -> None:
+    chosen = {}
+    for name, (model, rows) in {"planted": planted(), "digits": (digits()[0], digits()[2])}.items():
+        blocks = [f"blocks.{n}" for n in range(4)]
+        paths = {path: 64 for path, one in model.named_modules() if isinstance(one, nn.LayerNorm)}
+        exchange = NormExchange.of(model, paths, rows, lambda batch: DIGITS.call(model, batch), (), True)  # noqa: B023
+        chosen[name] = first_blocks(model, DIGITS.call, rows[0], blocks, exchange, [])
+        exchange.done = chosen[name].norms
+        exchange.set(0.5, True)
+        assert {path for path, part in exchange.parts.items() if part.share == 0} == chosen[name].norms
+    assert chosen["planted"].paths == ("blocks.0",)
+    assert chosen["planted"].norms == {"blocks.0.norm1", "blocks.0.norm2"}
+    errors = list(chosen["digits"].errors.values())
+    assert sum(errors[:2]) < 0.9 * sum(errors), "the control: spread over the model"
+    assert chosen["digits"].paths == ()
+
+
+def test_first_blocks_that_learn_alone_leave_less_to_the_model() -> None:
+    model, rows = planted()
+    without, first = (tried(ReplaceNorms(steps=20, first_steps=n, rows=16, rate=1e-3), model, DIGITS, rows) for n in (0, 40))
+    told = first.context.report["first_blocks"]
+    assert told["training"]["loss"] < 0.6 * told["training"]["loss_start"]
+    held = sum(parameter.numel() for parameter in model.get_submodule("blocks.0").parameters())
+    assert held < told["training"]["parameters"] < 0.5 * first.context.report["training"]["parameters"]
+    assert first.sqnr_db > without.sqnr_db + 1
+
+
+def test_images_are_mirrored_and_shifted_and_nothing_else_is() -> None:
+    columns = torch.arange(16.0).expand(64, 1, 16, 16)
+    batch = {"pixels": columns, "mask": torch.ones(64, 3)}
+    given = varied(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(given["mask"], batch["mask"])
+    steps = given["pixels"][:, 0].diff(dim=-1)
+    middle = steps[:, :, 4:11]
+    ways = {float(one) for one in middle.reshape(64, -1).mean(1)}
+    assert ways == {1.0, -1.0}, "each as a whole to one side"
+    assert bool((middle == middle[:, :1, :1]).all()), "no column is lost in the middle"
+    starts = {int(one) for one in (given["pixels"][:, 0, 0, 8] - given["pixels"][:, 0, 0, 8].mean()).round()}
+    assert len(starts) > 4
+    assert torch.equal(varied(batch, torch.Generator().manual_seed(0))["pixels"], given["pixels"])
 
 
 def test_training_that_leaves_the_finite_numbers_stops_and_keeps_the_best_state() -> None:
