@@ -25,7 +25,6 @@ __all__ = [
     "channels_last",
     "counted",
     "given",
-    "mixed",
     "received",
     "shared_inputs",
     "split",
@@ -148,25 +147,6 @@ def split(batches: Iterable[Batch], size: int | None) -> Iterator[Batch]:
         rows = _rows(batch)
         for start in range(0, rows, size or max(rows, 1)):
             yield {name: tensor[start : start + (size or rows)] for name, tensor in batch.items()}
-
-
-def mixed(batches: Iterable[Batch], seed: int = 0) -> list[Batch]:
-    """The same rows in a random order, in batches of the same sizes; files are often sorted by class, and a batch of one class,
-    or a part of the rows without one, is no sample of them. Rows change places with those of batches of the same shapes."""
-    every = list(batches)
-    alike: dict[Any, list[int]] = {}
-    for number, batch in enumerate(every):
-        shapes = tuple(sorted((name, tuple(tensor.shape[1:]), str(tensor.dtype)) for name, tensor in batch.items()))
-        alike.setdefault(shapes, []).append(number)
-    generator = torch.Generator().manual_seed(seed)
-    for numbers in alike.values():
-        sizes = [_rows(every[number]) for number in numbers]
-        order = torch.randperm(sum(sizes), generator=generator)
-        names = list(every[numbers[0]])
-        whole = {name: torch.cat([every[number][name] for number in numbers]) for name in names}
-        for number, rows in zip(numbers, torch.split(order, sizes), strict=True):
-            every[number] = {name: whole[name][rows] for name in names}
-    return every
 
 
 def received(model: nn.Module, call: Call, path: str, batch: Batch) -> Tensor:

@@ -38,13 +38,15 @@ class Table(ABC):
     path: Path | None
     name: str
     format: str
+    scattered: bool = False
+    """Whether ``items`` takes numbers in any order."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def items(self, indices: Sequence[int]) -> Iterator[Item]:
-        """The rows of the given ascending numbers."""
+        """The rows of the given numbers, ascending unless ``scattered``."""
 
     def label_values(self) -> Sequence[Any] | None:
         """The labels of all rows as the file has them, or None."""
@@ -119,9 +121,28 @@ class Rows:
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of ``size`` data rows (the last one may be smaller), so of ``group * size`` rows of each input
         tensor."""
-        reader = self.table.items(self.indices)
+        return self._encoded(self.table.items(self.indices), self.indices, size)
+
+    def mixed(self, size: int, seed: int = 0) -> Iterator[Batch]:
+        """The same rows in a random order, the same each time. Files are often sorted by class: then neither a batch nor the
+        first rows are a sample of them.
+
+        A table that is read from front to back is first read into memory, not decoded.
+        """
+        order = np.random.default_rng([seed, len(self)]).permutation(len(self)).tolist()
+        indices = [self.indices[place] for place in order]
+        if self.table.scattered:
+            return self._encoded(self.table.items(indices), indices, size)
+        return self._encoded(self._held(order), indices, size)
+
+    def _held(self, order: Sequence[int]) -> Iterator[Item]:
+        held: dict[int, Item] = dict(enumerate(self.table.items(self.indices)))
+        for place in order:
+            yield held.pop(place)
+
+    def _encoded(self, reader: Iterator[Item], indices: Sequence[int], size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
-            part = self.indices[start : start + size]
+            part = indices[start : start + size]
             yield self.encoder.encode(list(islice(reader, len(part))), [self.table.place(index) for index in part])
 
     def check(self) -> None:
@@ -225,6 +246,7 @@ def from_tensors(batch: Mapping[str, Tensor], labels: Tensor | None = None, name
 
 class _Tensors(Table):
     format = "tensors"
+    scattered = True
     path = None
 
     def __init__(self, batch: Batch, name: str, group: int) -> None:

@@ -31,6 +31,7 @@ class ImageFolder(Table):
     """
 
     format = "images"
+    scattered = True
 
     def __init__(self, path: Path, name: str) -> None:
         """Lists the files; opens none.

@@ -178,6 +178,7 @@ class Windows(Table):
     """
 
     format = "text"
+    scattered = True
 
     def __init__(self, path: Path, name: str, ids: Callable[[str], list[int]], tokens: int) -> None:
         self.path, self.name, self._tokens = path, name, tokens

@@ -13,9 +13,9 @@ from calibrate.signature import Batch
 __all__ = ["of_like_length", "trimmed", "without_padding"]
 
 
-def without_padding(rows: Rows, size: int, *, sort: bool) -> Iterator[Batch]:
-    """The rows in batches; padded text is trimmed and, with ``sort``, of like length together."""
-    batches = rows.batches(size)
+def without_padding(rows: Rows, size: int, *, sort: bool, mixed: bool = False) -> Iterator[Batch]:
+    """The rows in batches, in a random order if ``mixed``; padded text is trimmed and, with ``sort``, of like length together."""
+    batches = rows.mixed(size) if mixed else rows.batches(size)
     if not rows.encoder.ragged:
         return batches
     return map(trimmed, of_like_length(batches, size) if sort else batches)

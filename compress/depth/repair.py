@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from calibrate.capture import counted, mixed
+from calibrate.capture import counted
 from calibrate.fidelity import Fidelity
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
@@ -27,11 +27,11 @@ _SHARE = 4
 
 
 def parted(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Rows to measure on, and held-out rows to judge on: of all, in a random order, the last fourth, at most ``MOST_HELD``.
+    """Rows to measure on, and held-out rows to judge on: of all the last fourth, at most ``MOST_HELD``.
 
     A single row is both.
     """
-    every = mixed(batches)
+    every = list(batches)
     rows = sum(_rows(batch) for batch in every)
     cut = rows - max(1, min(MOST_HELD, rows // _SHARE))
     if rows < 2:

@@ -25,7 +25,7 @@ SPLITS = ("train", "calibration", "validation", "test")
 class _Digits(Table):
     """All 1,797 images (uint8 [8, 8], 0..16); rows are numbered as in UCI's file."""
 
-    name, format, path = "embedded:digits", "embedded", DIGITS_FILE
+    name, format, path, scattered = "embedded:digits", "embedded", DIGITS_FILE, True
 
     def __init__(self, split: str) -> None:
         self.split = split
