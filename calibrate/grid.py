@@ -26,11 +26,16 @@ class Grid:
     no zero point (it is 0). Weights of any rank are seen as a matrix [O, I]; ``scale`` and ``zero_point`` are [O, G]
     (``channel``: G = 1; ``group``: G = I / group_size) or [1, 1] (``tensor``).
 
+    With ``power_of_two`` every scale is one, ``2**shift``, so that blocks of a tensor differ by shifts alone (Dong et al. 2023,
+    BCT, arXiv 2304.01483; there is no code, the rule is a reconstruction): a symmetric grid has
+    ``shift = ceil(log2(absmax)) - (bits - 1)``, one with zero points the least power that covers the range.
+
     With ``e4m3`` codes are the bits of 8-bit floating point numbers (``calibrate.float8``), ``value = number * scale``, and a
     scale is the largest value over 448.
 
     Bound: a value inside the range that the scale was made for is returned with an error of at most ``scale / 2``; with an
-    integer zero point in range, zero is returned exactly (Jacob et al. 2018, arXiv 1712.05877, sec. 2.1).
+    integer zero point in range, zero is returned exactly (Jacob et al. 2018, arXiv 1712.05877, sec. 2.1). A symmetric grid with
+    powers of two may cut its largest positive values off by up to ``scale``: its bound is ``absmax * 2**-(bits - 1)``.
     """
 
     bits: int = 8
@@ -39,6 +44,7 @@ class Grid:
     group_size: int | None = None
     reduced: bool = False
     e4m3: bool = False
+    power_of_two: bool = False
 
     @property
     def low(self) -> int:
@@ -72,9 +78,11 @@ class Grid:
         """
         low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
         if self.symmetric:
-            scale = torch.maximum(-low, high) / self.high
+            reach = torch.maximum(-low, high)
+            scale = _power(reach) / (self.high + 1) if self.power_of_two else reach / self.high
             return torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=2.0**-126), None
         scale = (high - low) / (self.high - self.low)
+        scale = _power(scale) if self.power_of_two else scale
         scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=2.0**-126)
         zero_point = (self.low - low / scale).round().clamp(self.low, self.high)
         return scale, zero_point.to(torch.int8)
@@ -94,6 +102,12 @@ class Grid:
         if zero_point is not None:
             blocks = blocks - zero_point.unsqueeze(-1).float()
         return (blocks * scale.unsqueeze(-1)).reshape(codes.shape)
+
+
+def _power(values: Tensor) -> Tensor:
+    """The least power of two that is not below each value (float32, not negative); 0 for 0. Exact: no logarithm is taken."""
+    fraction = torch.frexp(values).mantissa
+    return torch.where((values == 0) | (fraction == 0.5), values, values / fraction)
 
 
 def unit(bits: int) -> tuple[int, int]:

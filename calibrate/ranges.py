@@ -333,9 +333,11 @@ def storable(grid: Grid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | No
     """``Grid.parameters`` with the scale rounded up to the next float16: float16 and float32 files hold the same one.
 
     Rounding up, by at most 2**-10 of the scale, keeps the whole range covered: the bound of ``Grid`` stands. A scale
-    that is no normal float16 number is left as it is.
+    that is no normal float16 number, or a power of two, is left as it is.
     """
     scale, zero_point = grid.parameters(low, high)
+    if grid.power_of_two:
+        return scale, zero_point
     half = scale.half()
     half = torch.where(half.float() < scale, (half.view(torch.int16) + 1).view(torch.float16), half)
     scale = torch.where((scale >= 2.0**-14) & (scale <= 65504.0), half.float(), scale)

@@ -151,7 +151,13 @@ def make(recipe: Recipe, *, trust: bool = False, evaluate: bool = True, progress
         files=[_file(*told) for told in files],
         memory=memory(facts),
         disk=disk(facts),
-        warnings=[*_assumed(recipe), *_absent(recipe, judges), *_wasted(recipe, rehearsal), *_untold(recipe, files)],
+        warnings=[
+            *_assumed(recipe),
+            *_computed_float(recipe),
+            *_absent(recipe, judges),
+            *_wasted(recipe, rehearsal),
+            *_untold(recipe, files),
+        ],
     )
 
 
@@ -231,6 +237,16 @@ def _assumed(recipe: Recipe) -> list[str]:
     """A sentence for each pass whose result only a run can tell."""
     numbered = [(number, step) for number, step in enumerate(recipe.passes) if step.assumes]
     return [f"{recipe.place('passes', number, step.name)}: {step.name}: {step.assumes}" for number, step in numbered]
+
+
+def _computed_float(recipe: Recipe) -> list[str]:
+    """A sentence for each file and pass whose method is more than the file can hold."""
+    numbered = [(number, step) for number, step in enumerate(recipe.passes) if step.computed_float]
+    return [
+        f"{recipe.place('passes', number, step.name)}: {step.name}: {exporter.format}: {step.computed_float}"
+        for number, step in numbered
+        for exporter in recipe.export
+    ]
 
 
 def _absent(recipe: Recipe, judges: bool) -> list[str]:

@@ -22,6 +22,8 @@ WeightRange = Literal["minmax", "mse"]
 _PIECE = 2**20
 _SEARCH = {8: (0.8, 21), 6: (0.65, 36), 4: (0.5, 51), 3: (0.35, 66), 2: (0.2, 81)}
 """Bits -> the smallest fraction of the range that is tried, and how many fractions."""
+_OCTAVES = (1.0, 0.5, 0.25, 2.0)
+"""Fractions that are tried where scales are powers of two: others between them give no other scale."""
 
 
 def scales_of(weight: Tensor, grid: Grid, how: WeightRange) -> tuple[Tensor, Tensor | None]:
@@ -29,7 +31,8 @@ def scales_of(weight: Tensor, grid: Grid, how: WeightRange) -> tuple[Tensor, Ten
 
     ``minmax`` covers every weight. ``mse`` shrinks the range of each channel or group by the fraction that returns it
     with the least squared error (Nagel et al. 2021, arXiv 2106.08295, sec. 3.1): the fraction 1 is among those tried,
-    so no channel gets worse.
+    so no channel gets worse. Of a grid with powers of two it takes the best of the shifts from two below to one above that of
+    ``minmax``.
     """
     parts = [_scales(piece, grid, how) for piece in _pieces(weight, grid)]
     scale = torch.cat([part[0] for part in parts])
@@ -43,10 +46,13 @@ def multiples(scale: Tensor, grid: Grid) -> Tensor:
     With them a weight of few bits in groups has an int8 weight with one scale for each output that equals it exactly, so
     that integer kernels run it (the two levels of Lin et al. 2024, arXiv 2405.04532, sec. 3.2.1). Steps are float16 numbers.
     The largest scale of an output moves by at most 2**-10 of itself, the others by half a step. The int8 weight of a reduced
-    grid lies in ``[-64, 64]``.
+    grid lies in ``[-64, 64]``. Powers of two stay powers of two: only those that are too small for their output's largest change,
+    and the multiples are shifts.
     """
     widest = 64 if grid.reduced else 128
     most = widest >> (grid.bits - 1) if grid.symmetric else (widest - 1) // (2**grid.bits - 1)
+    if grid.power_of_two:
+        return scale.clamp(min=scale.amax(1, keepdim=True) / (1 << (most.bit_length() - 1)))
     step = storable(Grid(8), torch.zeros_like(scale), scale.amax(1, keepdim=True) * (127 / most))[0]
     return (scale / step).round().clamp(1, most) * step
 
@@ -81,9 +87,9 @@ def _scales(weight: Tensor, grid: Grid, how: WeightRange) -> tuple[Tensor, Tenso
     if how == "minmax":
         return storable(grid, low, high)
     smallest, count = _SEARCH[grid.bits]
+    evenly = [1 - (1 - smallest) * step / (count - 1) for step in range(count)]
     best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
-    for step in range(count):
-        fraction = 1 - (1 - smallest) * step / (count - 1)
+    for fraction in _OCTAVES if grid.power_of_two else evenly:
         scale, zero_point = storable(grid, low * fraction, high * fraction)
         codes = (blocks / scale.unsqueeze(-1)).round_()
         if zero_point is not None:

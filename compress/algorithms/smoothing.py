@@ -14,10 +14,12 @@ from torch import Tensor
 from calibrate.grid import Grid
 from compress.algorithms.rounding import scales_of
 
-__all__ = ["Smoothing", "balanced", "rounding_noise", "smoothing"]
+__all__ = ["Smoothing", "aligned", "balanced", "rounding_noise", "smoothing"]
 
 _STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _STEPS, _RATE = 240, 0.03
+_PARTS = 8
+"""Into so many parts an octave is divided where scales are powers of two."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,22 @@ def balanced(
     if amounts[2] >= amounts[1]:
         return start
     return Smoothing(factor, start.strength, _db(amounts[0], amounts[2]), start.before_db)
+
+
+def aligned(
+    given: Smoothing, weight: Tensor, low: Tensor, high: Tensor, mean_square: Tensor, weights: Grid, inputs: Grid
+) -> Smoothing:
+    """The same factors times one number for all channels, so that what is rounded fills a grid whose scale is a power of two.
+
+    Of a range that such a grid has to cover up to half is empty, which costs a bit. The number, between 1 and 2, moves the
+    input's largest value below the next power of two; what it does to the weight's scales is in the noise that is compared.
+    Arguments and result are those of ``smoothing``; the result is never worse than ``given``.
+    """
+    tried = [(given.factor * 2 ** (part / _PARTS)).half().float() for part in range(_PARTS)]
+    noise = [rounding_noise(weight, factor, low, high, mean_square, weights, inputs) for factor in tried]
+    start = rounding_noise(weight, torch.ones_like(given.factor), low, high, mean_square, weights, inputs)
+    best = min(range(_PARTS), key=noise.__getitem__)
+    return Smoothing(tried[best], given.strength, _db(start, noise[best]), given.before_db)
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,11 @@ class Pass(BaseModel, ABC):
         """What a rehearsal takes for granted because only the run can tell; or nothing."""
         return ""
 
+    @property
+    def computed_float(self) -> str:
+        """What of its method no file holds, in a sentence that a plan says of every file; or nothing."""
+        return ""
+
     @abstractmethod
     def run(self, model: nn.Module, context: Context) -> nn.Module:
         """Changes the model in place and returns it (the root itself may be another object).

@@ -20,6 +20,7 @@ from compress.quantization.float8 import float8_refusal
 from compress.quantization.joint_ranges import require_bridges
 from compress.quantization.nncf_layers import put_in
 from compress.quantization.nncf_options import nncf_refusal, nncf_settings
+from compress.quantization.powers_of_two import left_float, power_of_two_refusal
 from compress.quantization.quantized_sites import action, plan_sites, site_layer
 from compress.quantization.rounded_layers import round_sites
 from compress.quantization.site_options import Choice, Mixed, SiteOptions, options_of
@@ -39,7 +40,8 @@ class Quantize(Pass):
     begins with GPTQ; then codes, each by one at most, and biases of a block learn to give the float block's output (Li et al.
     2021, arXiv 2102.05426), on three of four batches of the calibration rows; the others judge what stays. Static
     activations get one scale for each tensor from calibration rows, in which padded positions do not count; layers that read
-    the same tensor share its scale. Scales are float16 numbers, so that every artifact holds the same ones.
+    the same tensor share its scale. Scales are float16 numbers, so that every artifact holds the same ones; with ``scales:
+    power_of_two`` powers of two (Dong et al. 2023, BCT, arXiv 2304.01483; the rule is ``Grid``'s).
 
     Factors that smooth an input (``smooth``) move into the norm or the projection that makes the input wherever nothing
     else reads it, which costs nothing when the model runs: that layer's weight and bias change too, though it is no target.
@@ -70,8 +72,8 @@ class Quantize(Pass):
         "Jacob et al. 2018, arXiv 1712.05877; Nagel et al. 2021, arXiv 2106.08295; Xiao et al. 2023, arXiv 2211.10438; "
         "Frantar et al. 2023, arXiv 2210.17323; Nagel et al. 2020, arXiv 2004.10568; Li et al. 2021, arXiv 2102.05426; Behdin et "
         "al. 2023, arXiv 2309.01885; Yuan et al. 2022, arXiv 2111.12293; Lee et al. 2023, arXiv 2303.12557; Zhang et al. 2024, "
-        "arXiv 2403.07134; Sun et al. 2024, arXiv 2402.17762; Li et al. 2023, arXiv 2212.08254; "
-        "engine: nncf: Kozlov et al. 2020, arXiv 2002.08679; mixed: Hubara et al. 2020, arXiv 2006.10518"
+        "arXiv 2403.07134; Sun et al. 2024, arXiv 2402.17762; Li et al. 2023, arXiv 2212.08254; Dong et al. "
+        "2023, arXiv 2304.01483; engine: nncf: Kozlov et al. 2020, arXiv 2002.08679; mixed: Hubara et al. 2020, arXiv 2006.10518"
     )
     needs_calibration: ClassVar[bool] = True
 
@@ -94,10 +96,15 @@ class Quantize(Pass):
         None, description="Inputs that share a scale; has to divide the inputs. Default: 32 where groups are used."
     )
     symmetric: bool = Field(True, description="Weights without zero points.")
+    scales: Literal["free", "power_of_two"] = Field(
+        "free",
+        description="power_of_two: scales of weights, tables and static inputs are powers of two (BCT, arXiv 2304.01483): of a "
+        "weight the best of four around its largest value by squared error, or with weight_range: minmax the one that covers it.",
+    )
     weight_range: WeightRange | None = Field(
         None,
         description="minmax covers every weight; mse searches the clipping of each channel or group. Default: minmax "
-        "for 8 bits, mse below.",
+        "for 8 bits, mse below and where scales are powers of two.",
     )
     reduce_range: bool | Literal["pairs"] = Field(
         False,
@@ -250,7 +257,7 @@ class Quantize(Pass):
             raise ValueError(
                 "mixed has no budget\nAdd size_ratio, size_mb, loss_db or latency_ratio to it, or max_drop beside it."
             )
-        if wrong := float8_refusal(self) or self._useless():
+        if wrong := float8_refusal(self) or power_of_two_refusal(self) or self._useless():
             raise ValueError(wrong)
         if self.mixed is not None and self.mixed.budgets and self.max_drop is not None:
             raise ValueError("max_drop and a budget of mixed both say how far to go\nKeep one of them.")
@@ -344,6 +351,10 @@ class Quantize(Pass):
     def timed(self) -> str:
         by_time = self.mixed is not None and self.mixed.latency_ratio is not None
         return "mixed: latency_ratio, size_ratio or loss_db" if by_time else ""
+
+    @property
+    def computed_float(self) -> str:
+        return left_float(self)
 
     @property
     def assumes(self) -> str:

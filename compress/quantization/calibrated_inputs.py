@@ -16,7 +16,7 @@ from calibrate.errors import UserError
 from calibrate.massive import massive
 from calibrate.ranges import Channels, Observer, RangeMethod, range_observer
 from calibrate.second_moment import SecondMoment
-from compress.algorithms.smoothing import Smoothing, balanced, smoothing
+from compress.algorithms.smoothing import Smoothing, aligned, balanced, smoothing
 from compress.depth.output_scores import first_rows
 from compress.distillation.walk import Walk
 from compress.layers.conversion import weight_of
@@ -190,10 +190,10 @@ def _factors(step: Quantize, model: nn.Module, group: list[Job], seen: Seen) -> 
     weight = torch.cat([weight_of(model.get_submodule(job.site.path), job.site.kind) for job in group])
     channels = seen.channels
     low, high, mean_square = (statistic.to(weight.device) for statistic in (channels.low, channels.high, channels.mean_square))
-    if step.smooth == "balanced":
-        share = 1.0 if step.rounding == "nearest" else _HALF
-        return balanced(weight, low, high, mean_square, group[0].grid, input_grid(step), weight_share=share)
-    return smoothing(weight, low, high, mean_square, group[0].grid, input_grid(step))
+    given = weight, low, high, mean_square, group[0].grid, input_grid(step)
+    share = 1.0 if step.rounding == "nearest" else _HALF
+    found = balanced(*given, weight_share=share) if step.smooth == "balanced" else smoothing(*given)
+    return aligned(found, *given) if step.scales == "power_of_two" else found
 
 
 def _silent(step: Quantize, captured: Captured) -> UserError:

@@ -16,6 +16,7 @@ _UNUSED = {
     "weight_range": ("minmax", "its scales come from the largest weight"),
     "range": ("minmax", "its scales come from the largest value"),
     "group_scales": ("free", "it has no groups"),
+    "scales": ("free", "its codes have exponents of their own"),
     "reduce_range": (False, "it is for integer kernels of x86 processors"),
 }
 """Options whose other values would be ignored, with the value that holds and the reason."""

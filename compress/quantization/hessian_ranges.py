@@ -18,7 +18,7 @@ from compress.depth.output_scores import first_rows
 from compress.layers.conversion import weight_of
 from compress.layers.fitting import Searched, Seen
 from compress.quantization.output_gradients import Felt, felt
-from compress.quantization.quantized_sites import Job, by_tensor, input_grid
+from compress.quantization.quantized_sites import Job, by_tensor, input_grid, weight_range
 
 if TYPE_CHECKING:
     from compress.passes.contract import Context
@@ -99,7 +99,7 @@ def readers(step: Quantize, model: nn.Module, group: Sequence[Job], seen: Seen, 
     for job in group:
         module = model.get_submodule(job.site.path)
         weight = weight_of(module, job.site.kind).float()
-        how = step.weight_range or ("minmax" if job.grid.bits == 8 else "mse")
+        how = weight_range(step, job.grid)
         slopes = heard[job.site.path].slopes
         weight = weight if seen.factor is None else weight / seen.factor
         found.append(Reader(weight, job.grid, how, slopes, _applied(module, job)))

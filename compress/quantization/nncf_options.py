@@ -14,8 +14,8 @@ __all__ = ["beyond_nncf", "nncf_refusal", "nncf_settings"]
 
 _ALPHA = 0.95
 _OURS = (
-    "weight_range", "reduce_range", "overrides", "mixed", "max_drop", "evaluations", "group_scales", "embedding_group_size",
-    "smooth_below_db", "damping", "column_order", "refinements", "unfactorable", "batch_size",
+    "weight_range", "reduce_range", "overrides", "mixed", "max_drop", "evaluations", "scales", "group_scales",
+    "embedding_group_size", "smooth_below_db", "damping", "column_order", "refinements", "unfactorable", "batch_size",
     "range_rows", "massive_activations", "embedding_rounding", "scale_rounds",
 )  # fmt: skip
 """Options that only the own engine has."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from calibrate.errors import UserError
 from calibrate.grid import Bits, Granularity, Grid
+from compress.algorithms.rounding import WeightRange
 from compress.anatomy import Anatomy, Site
 from compress.layers import is_quantized
 from compress.layers.conversion import QuantizedLayer, matrix_shape, obstacle, quantized_layer
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from compress.layers.fitting import Seen
     from compress.passes.quantize import Quantize
 
-__all__ = ["Job", "action", "by_tensor", "input_grid", "plan_sites", "site_job", "site_layer"]
+__all__ = ["Job", "action", "by_tensor", "input_grid", "plan_sites", "site_job", "site_layer", "weight_range"]
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,20 @@ def action(step: Quantize, job: Job) -> str:
     unit = f"group of {grid.group_size}" if grid.granularity == "group" else grid.granularity
     bits = "fp8" if is_float8(step) else f"{step.activation_bits} bits"
     inputs = f", inputs {bits} {step.activations}" if job.rounds_input else ""
-    return f"weights {'fp8' if grid.e4m3 else f'{grid.bits} bits'} per {unit}{inputs}"
+    scales = ", scales powers of two" if grid.power_of_two else ""
+    return f"weights {'fp8' if grid.e4m3 else f'{grid.bits} bits'} per {unit}{inputs}{scales}"
 
 
 def input_grid(step: Quantize, symmetric: bool | None = None) -> Grid:
     """The grid of static activations; with ``activation_symmetric: best`` it has zero points where nothing else was found."""
     without_zero_point = step.activation_symmetric is True if symmetric is None else symmetric
-    return Grid(step.activation_bits, without_zero_point, "tensor", e4m3=is_float8(step))
+    powers = step.scales == "power_of_two"
+    return Grid(step.activation_bits, without_zero_point, "tensor", e4m3=is_float8(step), power_of_two=powers)
+
+
+def weight_range(step: Quantize, grid: Grid) -> WeightRange:
+    """How ranges of a weight are found: a power of two that covers it may be twice as wide as need be, and is searched."""
+    return step.weight_range or ("minmax" if grid.bits == 8 and not grid.power_of_two else "mse")
 
 
 def _require_gradients(step: Quantize, model: nn.Module) -> None:
@@ -184,8 +192,9 @@ def _grid(step: Quantize, model: nn.Module, site: Site, bits: Bits | None = None
             f"{bits}-bit codes of the {columns} columns of {site.path} do not fill whole bytes",
             "Use 8 bits there.",
         )
+    powers = step.scales == "power_of_two"
     if granularity != "group":
-        return Grid(bits, step.symmetric, granularity, e4m3=floats)
+        return Grid(bits, step.symmetric, granularity, e4m3=floats, power_of_two=powers)
     size = (step.embedding_group_size if site.kind == "embedding" else None) or step.group_size or 32
     if columns % size:
         near = _divisors_near(columns, size)
@@ -194,7 +203,7 @@ def _grid(step: Quantize, model: nn.Module, site: Site, bits: Bits | None = None
             f"group_size {size} does not divide the {columns} inputs of {site.path}",
             f"Divisors near it: {', '.join(map(str, near))}.",
         )
-    return Grid(bits, step.symmetric, granularity, size)
+    return Grid(bits, step.symmetric, granularity, size, power_of_two=powers)
 
 
 def _is_table(site: Site) -> bool:

@@ -29,7 +29,7 @@ from compress.quantization.float8 import range_of
 from compress.quantization.hessian_ranges import searched_ranges
 from compress.quantization.joint_ranges import joint_ranges
 from compress.quantization.massive_inputs import loud_streams, protected
-from compress.quantization.quantized_sites import Job, input_grid, plan_sites, site_job, site_layer
+from compress.quantization.quantized_sites import Job, input_grid, plan_sites, site_job, site_layer, weight_range
 from compress.quantization.site_options import SiteOptions
 from compress.quantization.wanted import Wanted
 from compress.tied import Ties
@@ -238,7 +238,7 @@ def _scales(step: Quantize, layer: QuantizedLayer, weight: Tensor, seen: Seen | 
     if seen is not None and seen.searched is not None:
         scale, zero_point = seen.searched.scale, seen.searched.zero_point
     else:
-        scale, zero_point = scales_of(weight, grid, step.weight_range or ("minmax" if grid.bits == 8 else "mse"))
+        scale, zero_point = scales_of(weight, grid, weight_range(step, grid))
     if step.group_scales == "multiples" and grid.granularity == "group" and not isinstance(layer, QuantEmbedding):
         scale = multiples(scale, grid)
     return scale, zero_point

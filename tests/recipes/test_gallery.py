@@ -60,7 +60,7 @@ SLOW = {
     "accuracy-driven", "int4-text-encoder", "ranges-by-gradients", "drop-attention", "sentence-embeddings", "linear-attention",
     "float16", "mixed-bits", "fused-hybrid", "mobile-hybrid", "cut-from-nested", "fuse-wide-and-narrow", "one-bit-digits",
     "no-norms", "nncf-text-encoder", "reconstructed-two-bits", "fewer-text-tokens", "language-model-int8",
-    "image-classifier-channels",
+    "image-classifier-channels", "power-of-two-text-encoder",
 }  # fmt: skip
 """Recipes whose passes and files other recipes, or tests of their own, have too: they are only rehearsed each time."""
 
@@ -145,6 +145,7 @@ CASES = [
         least_db=5,
     ),
     Case("int4-text-encoder", "bert of 64 columns", (("rows: 400", "rows: 64"),), least_db=8),
+    Case("power-of-two-text-encoder", "bert of 64 columns", (("rows: 400", "rows: 64"),), least_db=8),
     Case("ranges-by-gradients", "vit", (("rows: 1000", "rows: all"),)),
     Case("image-classifier-channels", "vit", (("rows: 1000", "rows: all"),)),
     Case("max-drop", "bert", (("rows: 256", "rows: 64"), ("rows: 512", "rows: 64"))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from calibrate.grid import Grid
 from compress.algorithms.rounding import codes_of, scales_of
-from compress.algorithms.smoothing import rounding_noise, smoothing
+from compress.algorithms.smoothing import Smoothing, aligned, balanced, rounding_noise, smoothing
 
 WEIGHTS, INPUTS = Grid(8), Grid(8, True, "tensor")
 
@@ -75,3 +76,23 @@ def test_a_channel_that_hardly_woke_is_not_blown_up() -> None:
     x[:, 10] *= 1e-4
     factor = smoothing(torch.randn(48, 64) / 8, *seen(x), WEIGHTS, INPUTS).factor
     assert float(factor[10]) < 2 * float(factor[11:].max())
+
+
+@pytest.mark.parametrize("how", [smoothing, balanced])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_factors_are_moved_so_that_a_power_of_two_is_filled(how: Callable[..., Smoothing], symmetric: bool) -> None:
+    """One number for all channels: by the formula never worse, as measured better, and what it leaves empty of the range is
+    less than an eighth of an octave."""
+    weights, inputs = Grid(8, power_of_two=True), Grid(8, symmetric, "tensor", power_of_two=True)
+    weight, x = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)) / 8, 1.07 * with_outliers()
+    given = how(weight, *seen(x), weights, inputs)
+    found = aligned(given, weight, *seen(x), weights, inputs)
+    noise = [rounding_noise(weight, one.factor, *seen(x), weights, inputs) for one in (given, found)]
+    assert noise[1] <= noise[0]
+    assert found.gain_db == pytest.approx(
+        10 * math.log10(rounding_noise(weight, torch.ones(64), *seen(x), weights, inputs) / noise[1])
+    )
+    number = found.factor / given.factor
+    assert float(number.max() / number.min()) < 1 + 2**-9  # float16 numbers, each rounded
+    assert 1 <= float(number.mean()) < 2
+    assert measured(weight, x, found.factor, weights, inputs) < 0.95 * measured(weight, x, given.factor, weights, inputs)
