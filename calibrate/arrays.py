@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zipfile
 import zlib
@@ -20,6 +21,8 @@ from calibrate.text import missing_column
 __all__ = ["ArrayEncoder", "Npz"]
 
 _AGAIN = "The file is damaged; write it again with numpy.savez."
+_LOCAL_HEADER, _LOCAL_NAMES = 30, 26
+"""Bytes of a zip file's local header without its names, and where in it their lengths lie."""
 
 
 class Npz(Table):
@@ -71,8 +74,16 @@ class Npz(Table):
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def scattered(self) -> bool:  # type: ignore[override]
+        """Whether its arrays lie in it as they are, as ``numpy.savez`` writes them, and are not compressed."""
+        with zipfile.ZipFile(self._path) as archive:
+            return all(archive.getinfo(f"{key}.npy").compress_type == zipfile.ZIP_STORED for key in self._inputs)
+
     def items(self, indices: Sequence[int]) -> Iterator[Item]:
-        return zip(*(self._read(key, indices) for key in self._inputs), strict=True)
+        ascending = all(one <= other for one, other in itertools.pairwise(indices))
+        read = self._read if ascending else self._picked
+        return zip(*(read(key, indices) for key in self._inputs), strict=True)
 
     def label_values(self) -> Sequence[Any] | None:
         return self._labels
@@ -93,6 +104,22 @@ class Npz(Table):
                 if len(raw) != size:
                     raise UserError(self.place(index), f"the array {key} ends here", _AGAIN)
                 at = index + 1
+                yield np.frombuffer(raw, dtype).reshape(shape[1:])
+
+    def _picked(self, key: str, indices: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
+        """Rows in any order, of an array that is not compressed; damage is found where rows are read in their order."""
+        with zipfile.ZipFile(self._path) as archive, self._path.open("rb") as file:
+            member = archive.getinfo(f"{key}.npy")
+            file.seek(member.header_offset + _LOCAL_NAMES)
+            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            shape, dtype = self.shapes[key], self.dtypes[key]
+            size = math.prod(shape[1:]) * dtype.itemsize
+            first = member.header_offset + _LOCAL_HEADER + name + extra + member.file_size - size * shape[0]
+            for index in indices:
+                file.seek(first + index * size)
+                raw = file.read(size)
+                if len(raw) != size:
+                    raise UserError(self.place(index), f"the array {key} ends here", _AGAIN)
                 yield np.frombuffer(raw, dtype).reshape(shape[1:])
 
     def _stream(self, key: str) -> _Member:

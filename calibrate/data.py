@@ -124,16 +124,19 @@ class Rows:
         return self._encoded(self.table.items(self.indices), self.indices, size)
 
     def mixed(self, size: int, seed: int = 0) -> Iterator[Batch]:
-        """The same rows in a random order, the same each time. Files are often sorted by class: then neither a batch nor the
-        first rows are a sample of them.
+        """The same rows in a random order, the same each time; ``calibration_row`` says which is which, counted as ``batches``
+        gives them. Files are often sorted by class: then neither a batch nor the first rows are a sample of them.
 
-        A table that is read from front to back is first read into memory, not decoded.
+        A table that can only be read from front to back (``Table.scattered``) is first read into memory: texts and images as
+        they lie in the file, arrays of a compressed npz file whole.
         """
         order = np.random.default_rng([seed, len(self)]).permutation(len(self)).tolist()
         indices = [self.indices[place] for place in order]
-        if self.table.scattered:
-            return self._encoded(self.table.items(indices), indices, size)
-        return self._encoded(self._held(order), indices, size)
+        reader = self.table.items(indices) if self.table.scattered else self._held(order)
+        rows = torch.tensor(order).repeat_interleave(self.group) * self.group + torch.arange(self.group).repeat(len(order))
+        numbers = rows.split(size * self.group)  # type: ignore[no-untyped-call]
+        for batch, number in zip(self._encoded(reader, indices, size), numbers, strict=True):
+            yield {**batch, "calibration_row": number}
 
     def _held(self, order: Sequence[int]) -> Iterator[Item]:
         held: dict[int, Item] = dict(enumerate(self.table.items(self.indices)))

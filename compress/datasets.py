@@ -60,7 +60,7 @@ class Data:
     def calibration_batches(self) -> Iterator[Batch]:
         """The same calibration batches each time, rows of the whole table in each (``Rows.mixed``). Padded text of like length
         comes together, without the columns in which a whole batch is padding: what is padding counts for nothing and only costs
-        time."""
+        time. ``calibration_row`` says which row is which."""
         return without_padding(self.calibration, self.batch_size, sort=True, mixed=True)
 
     def judge(self, source: Source, metric_name: str = "auto") -> Validation | None:

@@ -28,7 +28,7 @@ def of_like_length(batches: Iterator[Batch], size: int, window: int = 8) -> Iter
         rows = {name: torch.cat([batch[name] for batch in held]) for name in held[0]}
         count = next(iter(rows.values())).shape[0]
         order = rows["attention_mask"].sum(1).argsort(stable=True) if "attention_mask" in rows else torch.arange(count)
-        rows["calibration_row"] = torch.arange(start, start + count)
+        rows.setdefault("calibration_row", torch.arange(start, start + count))
         parts = torch.split(order, size)
         for number in torch.randperm(len(parts), generator=torch.Generator().manual_seed(start)).tolist():
             yield {name: value[parts[number]] for name, value in rows.items()}

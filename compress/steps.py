@@ -132,6 +132,7 @@ def _last_part(run: Run, number: int, step: Pass) -> str:
 def _carried_out(run: Run, subject: Subject, number: int, step: Pass, before: int) -> StepRecord:
     """Runs one pass and keeps the model as it is then; ``before``: the last pass that stands, 0: the model is the float model."""
     anatomy = run.parts(subject.model) if before else run.anatomy
+    scratch = run.journal.folder / f"unfinished-{number}"
     context = Context(
         signature=run.source.signature,
         anatomy=anatomy,
@@ -143,13 +144,14 @@ def _carried_out(run: Run, subject: Subject, number: int, step: Pass, before: in
         latency=_latency(run),
         validation=run.data.judge(run.source, run.recipe.data.metric) if step.validates or step.judges else None,
         fingerprint=run.source.fingerprint,
-        scratch=run.journal.folder / f"unfinished-{number}",
+        scratch=scratch,
     )
     held, started = inventory(subject.model), time.perf_counter()
     with placed(run.recipe, "passes", number - 1, step.name):
         subject.model = step.run(subject.model, context)
     after, seconds = inventory(subject.model), time.perf_counter() - started
     run.checkpoints.keep(subject, number)
+    shutil.rmtree(scratch, ignore_errors=True)
     if context.nested is not None:
         nested.keep(run.checkpoints.path(number), context.nested, run.out / nested.FOLDER)
     return _record(step, anatomy, held, after, context.report, seconds, run.fidelity(subject))

@@ -40,15 +40,19 @@ def scales_of(weight: Tensor, grid: Grid, how: WeightRange) -> tuple[Tensor, Ten
     return scale, torch.cat(zero_points) if zero_points else None
 
 
-def multiples(scale: Tensor, grid: Grid) -> Tensor:
+def multiples(scale: Tensor, grid: Grid, weight: Tensor | None = None) -> Tensor:
     """Scales [O, G] moved to whole multiples of one step for each output: code less zero point, times multiple, is an int8.
 
     With them a weight of few bits in groups has an int8 weight with one scale for each output that equals it exactly, so
     that integer kernels run it (the two levels of Lin et al. 2024, arXiv 2405.04532, sec. 3.2.1). Steps are float16 numbers.
     The largest scale of an output moves by at most 2**-10 of itself, the others by half a step. The int8 weight of a reduced
     grid lies in ``[-64, 64]``. Powers of two stay powers of two: only those that are too small for their output's largest change,
-    and the multiples are shifts.
+    and the multiples are shifts. Groups of zeros in ``weight`` [O, I] have any scale and do not widen the others' step.
     """
+    if weight is not None:
+        used = weight.reshape(*scale.shape, -1).ne(0).any(-1)
+        least = torch.where(used, scale, torch.inf).amin(1, keepdim=True)
+        scale = torch.where(used | least.isinf(), scale, least)
     widest = 64 if grid.reduced else 128
     most = widest >> (grid.bits - 1) if grid.symmetric else (widest - 1) // (2**grid.bits - 1)
     if grid.power_of_two:

@@ -23,7 +23,7 @@ from calibrate.signature import Batch
 from compress.distillation.listening import count, hear, still
 from compress.distillation.training import OUTPUT, LiveLesson
 
-__all__ = ["Exchange", "Road", "Travelled", "forget", "travel", "varied"]
+__all__ = ["Exchange", "Road", "Travelled", "travel", "varied"]
 
 Call = Callable[[nn.Module, Batch], Tensor]
 Progress = Callable[[int, int, str], None]
@@ -110,7 +110,7 @@ def travel(
 
     Args:
         model: its parameters are its own (``owned``).
-        folder: where the state is written, which goes on to be there (``forget``); None: nowhere.
+        folder: where the state is written, which goes on to be there; None: nowhere.
     """
     with still(model, gradients=True):
         wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -124,19 +124,9 @@ def travel(
                 parameter.requires_grad_(grad)
 
 
-def forget(folder: Path | None) -> None:
-    """Removes the state that ``travel`` wrote to a folder, and nothing else, and the folder if it is empty then."""
-    if folder is None:
-        return
-    for name in (_STATE, _UNFINISHED):
-        (folder / name).unlink(missing_ok=True)
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
 def varied(batch: Batch, generator: torch.Generator) -> Batch:
-    """The images of a batch [B, C, H, W] mirrored, every other one, and shifted at random, what is missing reflected; everything
-    else as it is. What a model should give for them is no question of labels: they are other images."""
+    """The images of a batch [B, C, H, W] mirrored, each with probability 1/2, and shifted at random, what is missing reflected;
+    everything else as it is. What a model should give for them is no question of labels: they are other images."""
     found = {}
     for name, x in batch.items():
         if x.dim() != 4 or not x.is_floating_point():
@@ -185,7 +175,7 @@ class _Travel:
                 continue
             if step == settled + 1:
                 self._settle()
-            self.exchange.set(max(0.0, 1 - (step - 1) / max(free, 1)), step <= settled)
+            self.exchange.set(max(0.0, 1 - (step - 1) / free) if free else 0.0, step <= settled)
             if not self._step(step, number):
                 told.stopped = f"the loss at step {step} was not finite; the best state before it was kept"
                 break
@@ -253,7 +243,8 @@ class _Travel:
 
     def _settle(self) -> None:
         with torch.no_grad():
-            self.exchange.settle(self.lesson.fit, lambda batch: self.call(self.model, batch))
+            paths, output = self.lesson.paths, bool(self.lesson.output)
+            self.exchange.settle(self.lesson.fit, lambda batch: hear(self.model, self.call, batch, paths, output))
 
     def _compare(self, step: int) -> None:
         if (now := self._judged()) < self.told.loss:

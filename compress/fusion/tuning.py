@@ -16,7 +16,7 @@ from calibrate.capture import split
 from calibrate.modes import evaluating
 from calibrate.signature import Batch
 from compress.depth.repair import parted
-from compress.distillation.progressive import Road, Travelled, forget, travel
+from compress.distillation.progressive import Road, Travelled, travel
 from compress.distillation.training import LiveLesson
 
 if TYPE_CHECKING:
@@ -86,6 +86,4 @@ def tune(
 
     lesson = LiveLesson(teacher, call, (fit, held), (), "logits" if logits else "features")
     road = Road(steps, rate, decay=0.0, fixed=0.0, seed=context.seed)
-    taught = travel(model, call, lesson, _Nothing(), road, context.progress, context.scratch)
-    forget(context.scratch)
-    return taught
+    return travel(model, call, lesson, _Nothing(), road, context.progress, context.scratch)

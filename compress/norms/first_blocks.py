@@ -6,12 +6,15 @@ blocks a residual stream whose deviation hardly changes. A step of the first blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from calibrate.capture import counted
 from calibrate.signature import Batch
 from compress.distillation.listening import hear, still
 from compress.norms.rep_norm import RepNorm
@@ -23,6 +26,8 @@ Call = Callable[[nn.Module, Batch], Tensor]
 
 _MOST = 0.9
 """Of the error of all blocks, which the first ones must make to learn alone."""
+_LEAST = 1e-3
+"""Of the square of what blocks give; an error of all blocks below it needs no training of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,25 @@ class FirstBlocks:
     """Which blocks learn first, and what the exchange costs in each block by itself.
 
     Attributes:
-        paths: the first blocks, in order; none: the error is spread over more than half of the model.
-        norms: paths of the norms in them and before them.
-        errors: by block, squared error over square of its output with nothing exchanged but what is in it.
+        paths: the first blocks, in the order in which they run; none: see ``because``.
+        norms: paths of the norms that run before the last of them ends.
+        others: what else is exchanged in them.
+        errors: by block, squared error over square of its output with nothing exchanged but what runs in it, or between it and
+            the block before.
+        because: why no block learns first; "": some do.
     """
 
     paths: tuple[str, ...]
     norms: frozenset[str]
+    others: tuple[Other, ...]
     errors: Mapping[str, float]
+    because: str = ""
 
 
 def first_blocks(
     model: nn.Module,
     call: Call,
-    batch: Batch,
+    batches: Sequence[Batch],
     blocks: Sequence[str],
     exchange: NormExchange,
     others: Sequence[tuple[str, Other]],
@@ -51,44 +61,74 @@ def first_blocks(
     """Exchanges what is in each block alone, and says in which of them the error arises.
 
     Args:
-        blocks: paths, in the order in which they run; norms before the first of them count as its own.
+        batches: rows to judge on; padded positions do not count.
         others: what is exchanged beside norms, with the block that each is in.
     """
-    inside: dict[str, list[RepNorm | Other]] = {path: [] for path in blocks}
-    before = _before(model, call, batch, blocks, exchange.parts)
-    for path, part in exchange.parts.items():
-        if owner := next((block for block in blocks if path.startswith(f"{block}.")), blocks[0] if path in before else ""):
-            inside[owner].append(part)
-    for block, other in others:
-        inside[block].append(other)
+    order, norms = _order(model, call, batches[0], blocks, exchange.parts)
+    inside = {
+        path: [exchange.parts[norm] for norm in norms[path]] + [one for block, one in others if block == path] for path in order
+    }
     errors = {}
-    with still(model):
-        for block in blocks:
-            exchange.set(1.0, True)
-            whole = hear(model, call, batch, {block: None}, False)[block].double()
-            for exchanged in inside[block]:
-                exchanged.share, exchanged.learning = 0.0, False
-            now = hear(model, call, batch, {block: None}, False)[block].double()
-            errors[block] = float((now - whole).square().sum() / whole.square().sum().clamp(min=1e-30))
+    for block in order:
+        exchange.set(1.0, True)
+        whole = _given(model, call, batches, block)
+        for exchanged in inside[block]:
+            exchanged.share, exchanged.learning = 0.0, False
+        now = _given(model, call, batches, block)
+        pairs = [*zip(whole, now, strict=True)]
+        square = sum(float(one.square().sum()) for one in whole)
+        errors[block] = sum(float((other - one).square().sum()) for one, other in pairs) / max(square, 1e-30)
     exchange.set(0.0, False)
-    count = next(n for n in range(len(blocks) + 1) if sum([*errors.values()][:n]) >= _MOST * sum(errors.values()))
-    paths = tuple(blocks[:count]) if 2 * count <= len(blocks) else ()
-    norms = {path for path in exchange.parts if path in before or path.startswith(tuple(f"{one}." for one in paths))}
-    return FirstBlocks(paths, frozenset(norms if paths else ()), errors)
+    total = sum(errors.values())
+    if not math.isfinite(total):
+        return FirstBlocks((), frozenset(), (), errors, "what they give without norms is not finite")
+    if total < _LEAST:
+        return FirstBlocks((), frozenset(), (), errors, "the exchange costs them hardly anything")
+    count = next(n for n in range(len(order) + 1) if sum([*errors.values()][:n]) >= _MOST * total)
+    if 2 * count > len(order):
+        return FirstBlocks((), frozenset(), (), errors, "the error is spread over more than half of the blocks")
+    paths = tuple(order[:count])
+    done = frozenset(norm for path in paths for norm in norms[path])
+    return FirstBlocks(paths, done, tuple(one for block, one in others if block in paths), errors)
 
 
-def _before(model: nn.Module, call: Call, batch: Batch, blocks: Sequence[str], parts: Mapping[str, RepNorm]) -> set[str]:
-    """Paths of the norms that run before the first block is done, and are in none."""
-    seen: set[str] = set()
-    handles = [
-        part.register_forward_pre_hook(lambda module, args, path=path: seen.add(path))
-        for path, part in parts.items()
-        if not path.startswith(tuple(f"{block}." for block in blocks))
+@torch.no_grad()
+def _given(model: nn.Module, call: Call, batches: Sequence[Batch], block: str) -> list[Tensor]:
+    """What a block gives for each batch, at the positions that count."""
+    found = []
+    with still(model):
+        for batch in batches:
+            x = hear(model, call, batch, {block: None}, False)[block]
+            valid = counted(x, batch.get("attention_mask"))
+            found.append((x if valid is None else x[valid]).double())
+    return found
+
+
+def _order(
+    model: nn.Module, call: Call, batch: Batch, blocks: Sequence[str], parts: Mapping[str, RepNorm]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The blocks in the order in which they end, and with each the norms that run since the one before it ended."""
+    order: list[str] = []
+    norms: dict[str, list[str]] = {path: [] for path in blocks}
+    since: list[str] = []
+
+    def ended(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if path not in order:
+                order.append(path)
+                norms[path] += since
+                since.clear()
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(ended(path)) for path in blocks]
+    handles += [
+        part.register_forward_pre_hook(lambda module, args, path=path: since.append(path)) for path, part in parts.items()
     ]
     try:
-        with still(model), torch.no_grad():
-            hear(model, call, {name: tensor[:1] for name, tensor in batch.items()}, {blocks[0]: None}, False)
+        with still(model):
+            call(model, {name: tensor[:1] for name, tensor in batch.items()})
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return order, norms

@@ -81,11 +81,13 @@ class NormExchange:
         parts: by path.
         others: what is exchanged in step with them.
         done: paths of norms whose share stays 0.
+        done_others: of the others, those whose share does.
     """
 
     parts: Mapping[str, RepNorm]
     others: Sequence[Other] = ()
     done: frozenset[str] = frozenset()
+    done_others: Sequence[Other] = ()
 
     @classmethod
     def of(
@@ -124,9 +126,10 @@ class NormExchange:
         for path, part in self.parts.items():
             part.share, part.learning = 0.0 if path in self.done else share, learning
         for other in self.others:
-            other.share, other.learning = share, learning
+            other.share, other.learning = 0.0 if any(other is one for one in self.done_others) else share, learning
 
     def settle(self, batches: list[Batch], call: Callable[[Batch], Any]) -> None:
+        """Of the norms that run."""
         learning = [part for part in self.parts.values() if not part.fixed]
         self.set(0.0, True)
         for part in learning:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,11 +14,11 @@ from calibrate.errors import UserError
 from calibrate.signature import Batch
 from compress.anatomy import Anatomy
 from compress.depth.repair import parted
-from compress.distillation.progressive import Road, Travelled, forget, travel
+from compress.distillation.progressive import Road, Travelled, travel
 from compress.distillation.training import LiveLesson
 from compress.hashing.attentions import Hashable, find_attentions
 from compress.layers import ChannelAffine, FadedActivation, LinearAttention, is_quantized
-from compress.norms.first_blocks import first_blocks
+from compress.norms.first_blocks import FirstBlocks, first_blocks
 from compress.norms.joining import Joinable, join, joinable
 from compress.norms.merging import candidates, merge
 from compress.norms.replacing import NormExchange, Other, obstacles, own_parameters
@@ -89,6 +88,8 @@ class ReplaceNorms(Pass):
 
     def targets(self, model: nn.Module, anatomy: Anatomy) -> list[Target]:
         found, _ = self._found(model, anatomy)
+        if self.varied and not _images(anatomy):
+            raise UserError(self.name, "varied: the model has no images [B, C, H, W] as an input", "Leave varied out.")
         roles = {site.path: ", ".join(site.roles) for site in anatomy.sites}
         targets = [Target(path, "norm", f"{count} channels: trained to factors and constants") for path, count in found.items()]
         learning = [
@@ -125,6 +126,10 @@ class ReplaceNorms(Pass):
         found, skipped = self._found(model, context.anatomy)
         attentions, soft = self._attentions(model, context.anatomy)
         fit, held = ([*split(part, self.rows)] for part in parted(context.calibration()))
+        if not held:
+            raise UserError(
+                self.name, "there are no calibration rows to learn from", "Give it rows: thousands are better than few."
+            )
         teacher = stand_in(model)
         own_parameters(model)
         logits = bool(context.anatomy.roles.get("head")) and context.signature.output in ("tensor", "logits")
@@ -137,12 +142,12 @@ class ReplaceNorms(Pass):
         exchange = NormExchange.of(model, found, fit, lambda batch: context.call(model, batch), others, fixed)
         for path, layer in zip([*linear, *faded], others, strict=True):
             context.surgery.attach(model, path, layer)
-        first = self._first(model, teacher, (fit, held), exchange, [*zip([*linear, *faded], others, strict=True)], context)
+        first, warnings = self._first(
+            model, teacher, (fit, held), exchange, [*zip([*linear, *faded], others, strict=True)], context
+        )
         lesson = LiveLesson(teacher, context.call, (fit, held), blocks, "logits" if logits else "features")
         road = Road(self.steps, self.rate, self.decay, seed=context.seed, varied=self.varied)
         taught = travel(model, context.call, lesson, exchange, road, context.progress, context.scratch)
-        for folder in (context.scratch, _first_folder(context)):
-            forget(folder)
         affine = {}
         with torch.no_grad():
             for path, part in exchange.parts.items():
@@ -156,7 +161,7 @@ class ReplaceNorms(Pass):
             "skipped": skipped | soft,
             "first_blocks": first,
             "training": taught.json(),
-            "warnings": _warnings(taught),
+            "warnings": warnings + _warnings(taught),
         }
         return model
 
@@ -168,21 +173,25 @@ class ReplaceNorms(Pass):
         exchange: NormExchange,
         others: list[tuple[str, Other]],
         context: Context,
-    ) -> dict[str, Any]:
-        """The first blocks learn alone; what there is to report."""
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The first blocks learn alone; what there is to report, and what to warn of."""
         steps = 2 * self.steps if self.first_steps is None else self.first_steps
         blocks = [block.path for block in context.anatomy.blocks]
-        if not (steps and blocks and rows[1]):
-            return {}
-        first = first_blocks(model, context.call, rows[1][0], blocks, exchange, others)
-        told: dict[str, Any] = {"errors": dict(first.errors), "paths": list(first.paths)}
+        if not steps:
+            return {}, []
+        first = FirstBlocks((), frozenset(), (), {}, "there are none")
+        if blocks:
+            first = first_blocks(model, context.call, rows[1], blocks, exchange, others)
+        told: dict[str, Any] = {"errors": dict(first.errors), "paths": list(first.paths), "because": first.because}
         if not first.paths:
-            return told
+            return told, [f"first_steps: no block learns alone: {first.because}"] if self.first_steps else []
         lesson = LiveLesson(teacher, context.call, rows, first.paths)
         road = Road(steps, _FIRST * self.rate, 0.0, seed=context.seed, varied=self.varied)
-        taught = travel(model, context.call, lesson, exchange, road, context.progress, _first_folder(context))
-        exchange.done = first.norms
-        return told | {"training": taught.json()}
+        folder = None if context.scratch is None else context.scratch / "first-blocks"
+        taught = travel(model, context.call, lesson, exchange, road, context.progress, folder)
+        if taught.best_step:
+            exchange.done, exchange.done_others = first.norms, first.others
+        return told | {"training": taught.json()}, [f"first blocks: {one}" for one in _warnings(taught)]
 
     def _left(
         self,
@@ -260,14 +269,13 @@ class ReplaceNorms(Pass):
         return found, reasons
 
 
-def _first_folder(context: Context) -> Path | None:
-    return None if context.scratch is None else context.scratch.with_name(f"{context.scratch.name}-first-blocks")
+def _images(anatomy: Anatomy) -> bool:
+    return any(tensor.dim() == 4 and tensor.is_floating_point() for tensor in anatomy.traced[1].values())
 
 
 def _linear(one: Hashable, anatomy: Anatomy) -> LinearAttention:
     """With a convolution where the tokens of an image are a square of patches, after one or two others."""
-    images = any(tensor.dim() == 4 for tensor in anatomy.traced[1].values())
-    for prefix in (0, 1, 2) if images and one.queries == one.keys else ():
+    for prefix in (0, 1, 2) if _images(anatomy) and one.queries == one.keys else ():
         side = math.isqrt(one.keys - prefix)
         if side > 1 and side**2 == one.keys - prefix:
             return LinearAttention(one.head_dim, one.value_dim, (side, side), prefix)

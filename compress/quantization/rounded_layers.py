@@ -240,7 +240,7 @@ def _scales(step: Quantize, layer: QuantizedLayer, weight: Tensor, seen: Seen | 
     else:
         scale, zero_point = scales_of(weight, grid, weight_range(step, grid))
     if step.group_scales == "multiples" and grid.granularity == "group" and not isinstance(layer, QuantEmbedding):
-        scale = multiples(scale, grid)
+        scale = multiples(scale, grid, weight)
     return scale, zero_point
 
 

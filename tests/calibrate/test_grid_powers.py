@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from calibrate.fidelity import sqnr_db
 from calibrate.grid import Bits, Grid
 from calibrate.ranges import MeanSquare, storable
 from compress.algorithms.rounding import codes_of, multiples, rounding_loss, scales_of
@@ -157,3 +158,18 @@ def test_scales_that_are_multiples_stay_powers_of_two(bits: Bits, symmetric: boo
     assert -limit <= int(wide.min()) <= int(wide.max()) < limit + reduced
     assert bool((scale >= free).all())
     assert bool((scale > free).any())
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_group_of_zeros_does_not_widen_the_steps_of_the_others(power_of_two: bool) -> None:
+    grid = Grid(4, granularity="group", group_size=8, power_of_two=power_of_two)
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)) * 0.05
+    weight[:, 8:16] = 0
+    scale, _ = scales_of(weight, grid, "mse")
+    levels = []
+    for known in (None, weight):
+        moved = multiples(scale, grid, known)
+        back = grid.dequantize(codes_of(weight, grid, moved, None), moved, None)
+        levels.append(sqnr_db(weight, back))
+    assert levels[1] > levels[0] + 5
+    assert bool((multiples(scale, grid, torch.zeros_like(weight)) > 0).all())

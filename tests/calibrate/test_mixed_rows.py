@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from calibrate.arrays import ArrayEncoder, Npz
+from calibrate.capture import capture
 from calibrate.data import Rows, from_tensors
+from calibrate.errors import UserError
+from calibrate.ranges import MinMax
 
 
 def sorted_rows() -> Rows:
@@ -51,3 +57,35 @@ def test_a_table_that_is_read_from_front_to_back_gives_the_same_order(
     assert torch.equal(given, wanted)
     assert asked == [sorted(indices)]
     assert sorted(given.tolist()) == sorted(indices)
+
+
+def test_batches_say_which_row_is_which_also_in_pairs() -> None:
+    rows = from_tensors({"x": torch.arange(40.0)[:, None]}, group=2)
+    assert len(rows) == 20
+    for batch in rows.mixed(6):
+        assert torch.equal(batch["x"][:, 0].long(), batch["calibration_row"])
+        assert torch.equal(batch["calibration_row"][::2] + 1, batch["calibration_row"][1::2]), "pairs stay together"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_of_a_file_are_read_in_any_order_where_they_lie_as_they_are(tmp_path: Path, compressed: bool) -> None:
+    path = tmp_path / "rows.npz"
+    pixels = np.arange(50 * 6, dtype=np.float32).reshape(50, 2, 3)
+    (np.savez_compressed if compressed else np.savez)(path, pixels=pixels, more=np.arange(50))
+    table = Npz(path, "rows.npz", ["pixels", "more"])
+    assert table.scattered is not compressed
+    rows = Rows(table, ArrayEncoder({"pixels": torch.float32, "more": torch.int64}), range(3, 50, 2))
+    given = list(rows.mixed(5))
+    order = torch.cat([batch["more"] for batch in given])
+    assert sorted(order.tolist()) == list(range(3, 50, 2))
+    assert order.tolist() != sorted(order.tolist())
+    assert torch.equal(torch.cat([batch["pixels"] for batch in given]), torch.from_numpy(pixels)[order])
+    assert torch.equal(torch.cat([batch["calibration_row"] for batch in given]), (order - 3) // 2)
+
+
+def test_a_broken_row_is_named_as_it_is_counted_in_the_table() -> None:
+    x = torch.ones(64, 4)
+    x[37] = torch.nan
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(UserError, match="row 37 of the calibration rows"):
+        capture(model, lambda model, batch: model(batch["x"]), from_tensors({"x": x}).mixed(7), {"0": [MinMax()]})

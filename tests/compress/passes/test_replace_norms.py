@@ -13,9 +13,9 @@ from trial import DIGITS, digits, rebuilt, tried
 
 from calibrate.errors import UserError
 from calibrate.fidelity import sqnr_db
-from calibrate.signature import Batch
+from calibrate.signature import Batch, Signature
 from compress.anatomy import find
-from compress.distillation.progressive import Road, forget, travel, varied
+from compress.distillation.progressive import Road, travel, varied
 from compress.distillation.training import LiveLesson
 from compress.layers import ChannelAffine, FadedActivation, LinearAttention
 from compress.norms.first_blocks import first_blocks
@@ -281,20 +281,6 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_bits(tmp_path: P
         assert all(torch.equal(state[name], one) for name, one in found[0][1].items())
 
 
-def test_nothing_is_removed_from_a_folder_but_the_states_of_trainings(tmp_path: Path) -> None:
-    state, other = tmp_path / "training.safetensors", tmp_path / "mine" / "notes.txt"
-    other.parent.mkdir()
-    for path in (state, other):
-        path.write_text("there")
-    forget(tmp_path)
-    assert not state.exists()
-    assert other.read_text() == "there"
-    forget(other.parent)
-    other.unlink()
-    forget(other.parent)
-    assert not other.parent.exists(), "what is empty is not needed"
-
-
 def planted() -> tuple[nn.Module, list[Batch]]:
     """Images of many contrasts behind an embedding of little else, and a first block that drowns what it got: its norms change
     from image to image, those after it hardly do."""
@@ -311,21 +297,101 @@ def planted() -> tuple[nn.Module, list[Batch]]:
     ]
 
 
+def family(name: str) -> tuple[nn.Module, Signature, list[Batch]]:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from families import build
+
+    model, signature, example = build(name)
+    return model, signature, [example]
+
+
+def exchanged(model: nn.Module, rows: list[Batch], fixed: bool = True) -> NormExchange:
+    paths = {path: 64 for path, one in model.named_modules() if isinstance(one, nn.LayerNorm)}
+    return NormExchange.of(model, paths, rows, lambda batch: DIGITS.call(model, batch), (), fixed)
+
+
+BLOCKS = [f"blocks.{n}" for n in range(4)]
+
+
 def test_the_first_blocks_are_those_where_the_error_arises() -> None:
     chosen = {}
     for name, (model, rows) in {"planted": planted(), "digits": (digits()[0], digits()[2])}.items():
-        blocks = [f"blocks.{n}" for n in range(4)]
-        paths = {path: 64 for path, one in model.named_modules() if isinstance(one, nn.LayerNorm)}
-        exchange = NormExchange.of(model, paths, rows, lambda batch: DIGITS.call(model, batch), (), True)  # noqa: B023
-        chosen[name] = first_blocks(model, DIGITS.call, rows[0], blocks, exchange, [])
-        exchange.done = chosen[name].norms
+        exchange, fading = exchanged(model, rows), [FadedActivation(), FadedActivation()]
+        others = [("blocks.0", fading[0]), ("blocks.3", fading[1])]
+        chosen[name] = first_blocks(model, DIGITS.call, rows, BLOCKS, exchange, others)
+        exchange.others = fading
+        exchange.done, exchange.done_others = chosen[name].norms, chosen[name].others
         exchange.set(0.5, True)
         assert {path for path, part in exchange.parts.items() if part.share == 0} == chosen[name].norms
+        assert [one.share for one in fading] == [0.0 if chosen[name].paths else 0.5, 0.5]
     assert chosen["planted"].paths == ("blocks.0",)
     assert chosen["planted"].norms == {"blocks.0.norm1", "blocks.0.norm2"}
+    assert list(chosen["planted"].errors) == BLOCKS
     errors = list(chosen["digits"].errors.values())
     assert sum(errors[:2]) < 0.9 * sum(errors), "the control: spread over the model"
     assert chosen["digits"].paths == ()
+    assert "spread" in chosen["digits"].because
+
+
+def test_no_block_learns_first_for_nothing_or_for_what_is_not_finite() -> None:
+    model, rows = planted()
+    exchange = exchanged(model, rows)
+    with torch.no_grad():
+        exchange.parts["blocks.0.norm1"].beta[0] = torch.inf
+    assert "not finite" in first_blocks(model, DIGITS.call, rows, BLOCKS, exchange, []).because
+    model, rows = planted()
+    exchange = NormExchange.of(model, {"blocks.2.norm1": 64}, rows, lambda batch: DIGITS.call(model, batch), (), True)
+    found = first_blocks(model, DIGITS.call, rows, BLOCKS, exchange, [])
+    assert "hardly anything" in found.because
+    assert sum(found.errors.values()) < 1e-3
+
+
+def test_padded_positions_do_not_choose_the_first_blocks() -> None:
+    model, signature, rows = family("bert")
+    mask = rows[0]["attention_mask"]
+    other = {**rows[0], "input_ids": torch.where(mask == 0, 7, rows[0]["input_ids"])}
+    assert not torch.equal(other["input_ids"], rows[0]["input_ids"])
+    blocks = [block.path for block in find(model, signature, rows[0]).blocks]
+    paths = {path: one.weight.numel() for path, one in model.named_modules() if isinstance(one, nn.LayerNorm)}
+    exchange = NormExchange.of(model, paths, rows, lambda batch: signature.call(model, batch), (), True)
+    first, second = (first_blocks(model, signature.call, [batch], blocks, exchange, []) for batch in (rows[0], other))
+    assert first.errors == pytest.approx(second.errors, rel=1e-5)
+
+
+def test_statistics_of_norms_that_do_not_run_stay_as_they_are() -> None:
+    """With statistics of batches the first blocks settle theirs alone."""
+    model, rows = planted()
+    exchange = exchanged(model, rows, fixed=False)
+    held = {path: part.mean.clone() for path, part in exchange.parts.items()}
+    teacher = digits()[0]
+    teacher.load_state_dict(planted()[0].state_dict())
+    own_parameters(model)
+    lesson = LiveLesson(teacher, DIGITS.call, (rows[:2], rows[2:]), ["blocks.0"])
+    told = travel(model, DIGITS.call, lesson, exchange, Road(16, 2e-3, 0.0), lambda step, total, what: None)
+    assert told.best_step
+    moved = {path for path, part in exchange.parts.items() if not torch.equal(part.mean, held[path])}
+    assert moved
+    assert all(path.startswith("blocks.0.") for path in moved)
+
+
+def test_a_first_stage_that_fails_is_said_and_its_norms_fade_like_the_others() -> None:
+    model, rows = planted()
+    report = tried(ReplaceNorms(steps=4, first_steps=30, rows=16, rate=1e30), model, DIGITS, rows).context.report
+    assert report["first_blocks"]["training"]["best_step"] == 0
+    assert any(one.startswith("first blocks: training stopped") for one in report["warnings"])
+
+
+def test_what_has_no_effect_is_refused_or_said() -> None:
+    model, signature, rows = family("bert")
+    with pytest.raises(UserError, match="no images"):
+        ReplaceNorms(varied=True).targets(model, find(model, signature, rows[0]))
+    report = tried(ReplaceNorms(steps=1, first_steps=5, rows=16), *digits()).context.report
+    assert any("no block learns alone: the error is spread" in one for one in report["warnings"])
+    assert tried(ReplaceNorms(steps=1, rows=16), *digits()).context.report["first_blocks"]["paths"] == []
+    with pytest.raises(UserError, match="no calibration rows"):
+        ReplaceNorms(steps=1).run(
+            digits()[0], Context(DIGITS, find(digits()[0], DIGITS, digits()[2][0]), lambda: iter([]), Surgery())
+        )
 
 
 def test_first_blocks_that_learn_alone_leave_less_to_the_model() -> None:
