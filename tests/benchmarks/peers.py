@@ -1,8 +1,12 @@
-"""The peers of the INT8 benchmark: each makes a file from the same float model and the same calibration rows."""
+"""The peers of the INT8 benchmark: each makes a file from the same float model and the same calibration rows; Olive where it is
+installed (olive-ai)."""
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,12 +92,38 @@ def ort_nbits(source: Path, path: Path, rows: Callable[[], Iterator[Arrays]]) ->
     onnx.save(quantizer.model.model, str(path))
 
 
+def olive_dynamic(source: Path, path: Path, rows: Callable[[], Iterator[Arrays]]) -> None:
+    """Olive's OnnxDynamicQuantization as it is by default; no rows."""
+    operators = torch.library.Library("torchvision", "DEF")  # a torchvision without a GPU's torch imports with these only
+    operators.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    operators.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    from olive.workflows import run
+
+    processor = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
+    with tempfile.TemporaryDirectory() as folder:
+        run(
+            {
+                "input_model": {"type": "ONNXModel", "model_path": str(source)},
+                "systems": {"here": {"type": "LocalSystem", "accelerators": [processor]}},
+                "host": "here",
+                "target": "here",
+                "passes": {"quantize": {"type": "OnnxDynamicQuantization"}},
+                "output_dir": f"{folder}/out",
+                "cache_dir": f"{folder}/cache",
+                "evaluate_input_model": False,
+            }
+        )
+        shutil.copy(Path(folder) / "out" / "model.onnx", path)
+
+
 PEERS: dict[str, Callable[[Path, Path, Callable[[], Iterator[Arrays]]], None]] = {
     "ONNX Runtime quantize_dynamic": ort_dynamic,
     "ONNX Runtime quantize_static, matmuls": ort_static,
     "ONNX Runtime MatMulNBits, 4 bits": ort_nbits,
     "NNCF quantize (ONNX)": nncf_onnx,
 }
+if importlib.util.find_spec("olive"):
+    PEERS["Olive OnnxDynamicQuantization"] = olive_dynamic
 
 
 def _main() -> None:

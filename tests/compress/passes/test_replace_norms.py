@@ -28,7 +28,7 @@ from compress.passes.replace_norms import ReplaceNorms
 from compress.rehearsal import stand_in
 from compress.surgery import Surgery
 
-EXAMPLE = ReplaceNorms(steps=8, rows=16, rate=1e-3)
+EXAMPLE = ReplaceNorms(steps=16, rows=16, rate=1e-3)
 
 CHANNELS = 12
 
