@@ -352,9 +352,9 @@ def _multiplied(b: Lowering, carried: Carried, flipped: bool) -> Held:
     values = b.cast(b.reshape(_int8(b, carried, False), shape), b.compute)
     scale_shape = (1, 1, 1) if carried.per_tensor else (outputs, carried.groups, 1)
     if carried.zero_point is not None:
-        shift = b.constant(carried.zero_point.reshape(scale_shape).to(torch.float32), name=f"{carried.path}.zero_point")
-        values = b.op("Sub", values, shift, shape=shape, dtype=b.compute)
-    scale = b.constant(carried.scale.reshape(scale_shape), name=f"{carried.path}.scale")
+        shift = b.pinned(b.constant(carried.zero_point.reshape(scale_shape), name=f"{carried.path}.zero_point"))
+        values = b.op("Sub", values, b.cast(shift, b.compute), shape=shape, dtype=b.compute)
+    scale = _halved(b, carried.scale.reshape(scale_shape), f"{carried.path}.scale")
     values = b.op("Mul", values, scale, shape=shape, dtype=b.compute)
     whole = b.reshape(values, carried.shape)
     return b.transpose(whole, [1, 0]) if flipped else whole
@@ -367,7 +367,8 @@ def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) ->
     """``x @ W.T + bias`` for a carried weight W [O, I].
 
     Which kernels run is decided here: integer ones need 8-bit activations and scales per channel or per tensor; float
-    activations with narrow weights use MatMulNBits in ONNX Runtime; everything else is DequantizeLinear and MatMul.
+    activations with narrow weights use MatMulNBits in ONNX Runtime, or, ``unpacked``, a float product of what is folded at
+    load; everything else is DequantizeLinear and MatMul.
     """
     outputs = carried.matrix[0]
     shape = (*x.shape[:-1], outputs)
@@ -379,10 +380,12 @@ def product(b: Lowering, x: Held, carried: Carried, bias: Held | None = None) ->
         return _integer_product(b, x, carried, bias, shape)
     if not integer and carried.binary:
         b.note("One-bit weights with float inputs are made float when the file is loaded, and multiplied so.")
+    elif not integer and b.unpacked:
+        b.note("Weights with float inputs are made float when the file is opened, and multiplied so.")
     elif not integer and b.dialect != "tensorrt":
         b.note("Weights with float activations, or with scales per group, run in ONNX Runtime as MatMulNBits, which rounds "
                "activations to 8 bits per block (accuracy level 4).")  # fmt: skip
-    narrow = carried.bits in (2, 4) and not carried.binary
+    narrow = carried.bits in (2, 4) and not carried.binary and not b.unpacked
     if b.dialect == "onnxruntime" and not integer and narrow and (block := _block(carried)):
         made = _n_bits(b, x, carried, block, shape)
     else:
@@ -397,7 +400,7 @@ def _dense_product(b: Lowering, x: Held, carried: Carried, shape: Sequence[Any],
     elif integer and carried.bits < 8 and b.dialect != "tensorrt":
         weight = _scaled(b, carried, _int8(b, carried, True), carried.matrix[::-1], True)
     else:
-        weight = dense(b, carried, flipped=True, folded=carried.binary)
+        weight = dense(b, carried, flipped=True, folded=carried.binary or (b.unpacked and not integer))
     return b.op("MatMul", x, weight, shape=shape, dtype=b.compute)
 
 

@@ -61,6 +61,7 @@ class Lowering:
         compute: what float32 of the trace becomes (float16 for TensorRT by default); in a ``typed`` lowering, at a node that the
             trace has in 16 bits, those.
         typed: 16-bit floating point of the trace stays as it is.
+        unpacked: weights that meet float inputs are made float when the file is opened.
         codes: site -> where and how its codes lie in the file (``export.onnx_file``).
         notes: plain sentences for the report.
     """
@@ -71,6 +72,7 @@ class Lowering:
     codes: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     typed: bool = False
+    unpacked: bool = False
 
     def __post_init__(self) -> None:
         import onnx_ir as ir

@@ -40,6 +40,7 @@ def lower(
     batch: int = 1,
     opset: int = 21,
     float16: bool | None = None,
+    unpacked: bool = False,
 ) -> ir.Model:
     """The model as an ONNX graph, in memory.
 
@@ -50,6 +51,7 @@ def lower(
         dynamic: dimensions of the signature that stay symbolic.
         batch: rows where ``batch`` is not dynamic.
         float16: compute in float16 (strongly typed; inputs and output stay float32). Default: only for ``tensorrt``.
+        unpacked: weights that meet float inputs are made float when the file is opened.
 
     Raises:
         UserError: an operation has no ONNX form, or a dynamic dimension cannot be kept; names the module.
@@ -61,7 +63,7 @@ def lower(
     half = (dialect == "tensorrt" if float16 is None else float16) and not typed
     _check_dimensions(source, dynamic)
     program = _lowerable(_traced(source, dynamic, batch))
-    lowering = Lowering(dialect, opset, torch.float16 if half else torch.float32, typed=typed)
+    lowering = Lowering(dialect, opset, torch.float16 if half else torch.float32, typed=typed, unpacked=unpacked)
     if typed and dialect != "tensorrt":
         lowering.note(_WIDENED)
     model = Walk(lowering, program, source.signature).run(source.signature.output_name)
@@ -185,6 +187,11 @@ class OnnxExporter(Exporter):
         "onnxruntime",
         description="portable uses standard operators only; onnxruntime adds MatMulNBits for weights of fewer bits.",
     )
+    weights_only: Literal["packed", "unpacked"] = Field(
+        "packed",
+        description="Weights that meet float inputs. packed: codes in memory (MatMulNBits in ONNX Runtime, which rounds "
+        "inputs to 8 bits). unpacked: they are made float when the file is opened; as fast and as exact as float, in its memory.",
+    )
     dynamic: tuple[str, ...] = Field(("batch",), description="Dimensions that stay free: batch, tokens.")
     batch: PositiveInt = Field(1, description="Rows of the file where batch is not dynamic.")
     opset: int = Field(21, ge=17, le=25, description="Version of the ONNX operators.")
@@ -225,11 +232,14 @@ class OnnxExporter(Exporter):
         """Exact but for values: single numbers that calibration tells apart, and factors for the channels of an input. Lowers
         the model as ``write`` does, and neither writes it nor reads its large tensors."""
         self._ready()
-        model = lower(source, self.dialect, self.dynamic, self.batch, self.opset)
+        model = self._lower(source)
         size = written_bytes(model, Path(self.filename).name)
         return Forecast(
             size, made_bytes(model, source.model), _float_products(model, [path for path, _ in _quantized(source.model)])
         )
+
+    def _lower(self, source: Traceable) -> ir.Model:
+        return lower(source, self.dialect, self.dynamic, self.batch, self.opset, unpacked=self.weights_only == "unpacked")
 
     def _ready(self) -> None:
         if (absent := self.missing()) is not None:
@@ -240,7 +250,7 @@ class OnnxExporter(Exporter):
         started = time.perf_counter()
         _traced(source, self.dynamic, self.batch)
         traced = time.perf_counter()
-        model = lower(source, self.dialect, self.dynamic, self.batch, self.opset)
+        model = self._lower(source)
         files = write(model, path, LIMIT_BYTES)
         details = {
             "opset": self.opset, "dialect": self.dialect, "dynamic": list(self.dynamic), "batch": self.batch,

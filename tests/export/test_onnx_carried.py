@@ -228,6 +228,31 @@ def test_weights_alone(way: str, dialect: str, tmp_path: Path) -> None:
     assert artifact.details["notes"]
 
 
+@pytest.mark.parametrize("dialect", ["onnxruntime", "portable"])
+@pytest.mark.parametrize("way", WEIGHT_ONLY)
+def test_weights_that_are_unpacked_when_the_file_is_opened(way: str, dialect: str, tmp_path: Path) -> None:
+    """The same codes on disk; float products, as exact as the compressed torch model; no larger by more than what packed files
+    do not need."""
+    model, signature, batch = quantized("text", activations=None, **WEIGHT_ONLY[way])
+    with torch.no_grad():
+        reference = signature.call(model, batch)
+    levels, sizes = [], []
+    for weights_only in ("packed", "unpacked"):
+        exporter = OnnxExporter(dialect=dialect, weights_only=weights_only)
+        artifact = exporter.write(Traceable(model, signature, batch), tmp_path / weights_only / "model.onnx")
+        assert exporter.forecast(Traceable(model, signature, batch)).size_bytes == pytest.approx(artifact.size_bytes, rel=0.02)
+        levels.append(sqnr(reference, OnnxRunner(artifact.path, 1)(batch)))
+        sizes.append(artifact.size_bytes)
+        found, wanted = contents(artifact.path).codes, codes_of(model)
+        assert found.keys() == wanted.keys()
+        assert all((found[path] == wanted[path]).all() for path in wanted)
+    ran = executed_ops(artifact.path)
+    assert not any("NBits" in name or "Dequantize" in name for name in ran)
+    assert levels[1] > 80
+    assert levels[0] < 80 or way.startswith("2"), "packed products of 4 and 8 bits round their inputs"
+    assert sizes[1] < 1.1 * sizes[0] + 1024 * len(wanted), "a few nodes for each weight"
+
+
 def plain(path: Path, batch: Batch) -> Tensor:
     import onnxruntime
 
