@@ -25,7 +25,7 @@ from calibrate.capture import counted, split
 from calibrate.signature import Batch
 from compress.distillation.listening import MOST_BYTES, OUTPUT, Heard, Packed, Part, Store, count, hear, still
 
-__all__ = ["OUTPUT", "Course", "Lesson", "LiveLesson", "Taught", "distil"]
+__all__ = ["OUTPUT", "Course", "Lesson", "LiveLesson", "Taught", "distil", "valid"]
 
 Call = Callable[[nn.Module, Batch], Tensor]
 
@@ -161,7 +161,7 @@ class Lesson:
     def _mean_square(self, key: str) -> float:
         total, numbers = 0.0, 0
         for batch, wanted in zip(self.held, self.wanted[1], strict=True):
-            values = _valid(wanted[key].tensor, batch)
+            values = valid(wanted[key].tensor, batch)
             total, numbers = total + float(values.double().square().sum()), numbers + values.numel()
         return max(total / max(numbers, 1), 1e-30)
 
@@ -169,7 +169,7 @@ class Lesson:
         """For each key the loss and the squared error over the mean square, both summed over positions, and how many."""
         found = {}
         for key, given in heard.items():
-            y, t = _valid(given, batch), _valid(wanted[key].tensor, batch)
+            y, t = valid(given, batch), valid(wanted[key].tensor, batch)
             error = (y.float() - t).square().mean(-1).sum() / self.signal[key]
             loss = error
             if key == OUTPUT and self.output == "logits":
@@ -418,10 +418,10 @@ def _settled(model: nn.Module) -> None:
                 held[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
-def _valid(x: Tensor, batch: Batch) -> Tensor:
+def valid(x: Tensor, batch: Batch) -> Tensor:
     """The positions that count, the channels last."""
-    valid = counted(x, batch.get("attention_mask"))
-    return x if valid is None else x[valid]
+    positions = counted(x, batch.get("attention_mask"))
+    return x if positions is None else x[positions]
 
 
 def _left_out(given: tuple[int, int], kept: tuple[int, int], most_bytes: int) -> str:

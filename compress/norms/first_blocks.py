@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrate.capture import counted
 from calibrate.signature import Batch
 from compress.distillation.listening import hear, still
+from compress.distillation.training import valid
 from compress.norms.rep_norm import RepNorm
 from compress.norms.replacing import NormExchange, Other
 
@@ -98,9 +98,7 @@ def _given(model: nn.Module, call: Call, batches: Sequence[Batch], block: str) -
     found = []
     with still(model):
         for batch in batches:
-            x = hear(model, call, batch, {block: None}, False)[block]
-            valid = counted(x, batch.get("attention_mask"))
-            found.append((x if valid is None else x[valid]).double())
+            found.append(valid(hear(model, call, batch, {block: None}, False)[block], batch).double())
     return found
 
 

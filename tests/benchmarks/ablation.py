@@ -93,6 +93,19 @@ class Bench:
         self.labels = torch.cat([labels[16 * number : 16 * number + 16] for number in chosen])
         self.wanted = self.outputs(self.source.model)
 
+    @classmethod
+    def of(cls, task: str, bits: int, rows: int | None) -> Bench:
+        """On one thread; leaves the program where the models and data are absent."""
+        if not SHARED.is_dir():
+            sys.exit("../shared is absent: the benchmark's models and data are not here")
+        torch.set_num_threads(1)
+        return cls(SOURCES[task, bits], rows)
+
+    @property
+    def accuracy(self) -> float:
+        """Of the float model."""
+        return float((self.wanted.argmax(-1) == self.labels).float().mean())
+
     def outputs(self, model: nn.Module) -> Tensor:
         from calibrate.modes import evaluating
 
@@ -148,12 +161,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="variants whose names begin with one of these")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not SHARED.is_dir():
-        sys.exit("../shared is absent: the benchmark's models and data are not here")
-    torch.set_num_threads(1)
-    bench = Bench(SOURCES[options.task, options.bits], options.rows)
-    accuracy = float((bench.wanted.argmax(-1) == bench.labels).float().mean())
-    print(f"{options.task}, {options.bits} bits, {len(bench.labels)} rows, float accuracy {accuracy:.4f}")
+    bench = Bench.of(options.task, options.bits, options.rows)
+    print(f"{options.task}, {options.bits} bits, {len(bench.labels)} rows, float accuracy {bench.accuracy:.4f}")
     print(f"{'variant':28s} accuracy agreement  SQNR dB  in torch     MB  CPU s")
     found: dict[str, Any] = {}
     for name, changes in variants(tables=(options.task, options.bits) == ("sst2", 4)).items():

@@ -28,7 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from ablation import SHARED, SOURCES, Bench
+from ablation import Bench
 from torch import Tensor, nn
 
 SMOOTH = {"smooth": "balanced", "smooth_below_db": 60}
@@ -140,12 +140,8 @@ def main() -> None:
     parser.add_argument("--twin", choices=TWINS, help="with twin ranges after GELU and SiLU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not SHARED.is_dir():
-        sys.exit("../shared is absent: the benchmark's models and data are not here")
-    torch.set_num_threads(1)
-    bench = Bench(SOURCES[options.task, 8], options.rows)
-    accuracy = float((bench.wanted.argmax(-1) == bench.labels).float().mean())
-    print(f"{options.task}, simulated, {len(bench.labels)} rows, float accuracy {accuracy:.4f}")
+    bench = Bench.of(options.task, 8, options.rows)
+    print(f"{options.task}, simulated, {len(bench.labels)} rows, float accuracy {bench.accuracy:.4f}")
     print(f"{'variant':36s} bits accuracy  points lost      agreement  SQNR dB  CPU s")
     found: dict[str, Any] = {}
     for bits in options.bits:

@@ -36,7 +36,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from ablation import SHARED, SOURCES, Bench
+from ablation import Bench
 from simulated_bits import judged
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -149,7 +149,7 @@ class Parts(TorchFunctionMode):
         self.on, self.bits, self.seen = frozenset(on), bits, seen
         self.calls: Counter[str] = Counter()
         self.noted: dict[tuple[str, int], Tensor] = {}
-        self._weights: dict[int, Tensor] = {}
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._settled: dict[tuple[str, int], Any] = {}
         self._ways: dict[Any, Callable[..., Tensor]] = {
             F.linear: self._linear, F.conv2d: self._conv2d, F.embedding: self._embedding, F.gelu: self._gelu,
@@ -175,8 +175,8 @@ class Parts(TorchFunctionMode):
             size = SIZE if columns % SIZE == 0 else columns
             grid = Grid(self.bits, granularity="group", group_size=size, power_of_two=True)
             scale, _ = scales_of(weight, grid, "mse")
-            self._weights[id(weight)] = grid.dequantize(codes_of(weight, grid, scale, None), scale, None)
-        return self._weights[id(weight)]
+            self._weights[id(weight)] = weight, grid.dequantize(codes_of(weight, grid, scale, None), scale, None)
+        return self._weights[id(weight)][1]
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(blocked(x) if "inputs" in self.on else x, self._coded(weight), bias)
@@ -296,12 +296,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="variants whose names begin with one of these")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not SHARED.is_dir():
-        sys.exit("../shared is absent: the benchmark's models and data are not here")
-    torch.set_num_threads(1)
-    bench = Bench(SOURCES[options.task, 8], options.rows)
-    accuracy = float((bench.wanted.argmax(-1) == bench.labels).float().mean())
-    print(f"{options.task}, simulated, {len(bench.labels)} rows, float accuracy {accuracy:.4f}")
+    bench = Bench.of(options.task, 8, options.rows)
+    print(f"{options.task}, simulated, {len(bench.labels)} rows, float accuracy {bench.accuracy:.4f}")
     seen = noted(bench)
     print(f"{'variant':36s} accuracy  points lost      agreement  SQNR dB")
     found: dict[str, Any] = {}
